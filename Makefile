@@ -1,0 +1,3 @@
+PYTHON ?= python3
+build:
+	$(PYTHON) setup.py build_ext --inplace

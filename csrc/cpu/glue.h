@@ -1,0 +1,83 @@
+// From torch tensors (stable ABI) to the pointers that the kernels take. Included by every csrc/cpu/<op>.cpp.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
+#include "../common/check.h"
+#include "../common/dtype.h"
+#include "kernels/isa.h"
+
+namespace sana_ext::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: fail(name, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+inline ConstPtr in(const Tensor& t, const char* name) { return {t.const_data_ptr(), dtype_of(t, name)}; }
+inline ConstPtr in(const OptionalTensor& t, const char* name) { return t ? in(*t, name) : ConstPtr{}; }
+inline Ptr out(Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t, "output")}; }
+
+// float64 inputs accumulate in float64, everything else in float32.
+inline bool is_fp64(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+inline ScalarType accumulator_of(const Tensor& t) { return is_fp64(t) ? ScalarType::Double : ScalarType::Float; }
+
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (const int64_t size : shape) same = same && t.size(i++) == size;
+  if (same) return;
+  std::ostringstream message;
+  message << name << " must have shape [";
+  for (const int64_t size : shape) message << size << ' ';
+  message << "]";
+  fail(message.str());
+}
+inline void check_shape(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  if (t) check_shape(*t, name, shape);
+}
+
+inline void check_same_precision(const Tensor& x, const Tensor& t, const char* name) {
+  check(is_fp64(x) == is_fp64(t), name, " must be float64 if and only if the first argument is");
+}
+inline void check_same_precision(const Tensor& x, const OptionalTensor& t, const char* name) {
+  if (t) check_same_precision(x, *t, name);
+}
+
+// The kernels take any strides except on the last dimension, which must be dense (or of size 1); else a copy is made.
+inline Tensor dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+inline OptionalTensor dense_rows(const OptionalTensor& t) { return t ? OptionalTensor(dense_rows(*t)) : std::nullopt; }
+
+inline int64_t stride(const OptionalTensor& t, int64_t dim) { return t ? t->stride(dim) : 0; }
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// Runs kernel(args, begin, end) over [0, items) on torch's thread pool; `grain` items are worth a task (about 50 us).
+template <class Args> void parallel(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, int64_t grain) {
+  if (items == 0) return;
+  torch::stable::parallel_for(0, items, grain < 1 ? 1 : grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+constexpr int64_t kGrainElements = 32768;  // elements of streaming work worth a task
+
+}  // namespace sana_ext::cpu

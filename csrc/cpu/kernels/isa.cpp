@@ -1,0 +1,55 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace sana_ext::cpu {
+namespace {
+
+Isa best_available() {
+#if defined(__x86_64__) && !defined(SANA_EXT_BASELINE_ONLY)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+Isa choose() {
+  const Isa best = best_available();
+  const char* wanted = std::getenv("SANA_EXT_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int level = 0; level <= static_cast<int>(best); ++level) {
+    if (std::strcmp(wanted, isa_name(static_cast<Isa>(level))) == 0) return static_cast<Isa>(level);
+  }
+  throw std::runtime_error("SANA_EXT_CPU_ISA=" + std::string(wanted) + " is not available here; this processor's best level is " +
+                           isa_name(best));
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+const char* isa_name(Isa level) {
+  switch (level) {
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx2: return "avx2";
+    default:
+#if defined(__aarch64__)
+      return "neon";
+#else
+      return "baseline";
+#endif
+  }
+}
+
+}  // namespace sana_ext::cpu

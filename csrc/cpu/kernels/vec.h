@@ -1,0 +1,225 @@
+// The SIMD layer: GCC/Clang vector types of kLanes elements, conversions from and to 16-bit floats, exp.
+// Included only by the kernel files of this folder, which are compiled once per instruction set level: everything
+// lives in namespace sana_ext::cpu::SANA_EXT_ISA. Kernel files use no std:: templates: the linker keeps one copy of an
+// inline function, and it must not be the one compiled for AVX-512. Arithmetic uses the compiler's vector operators (a*b+c becomes an FMA
+// under -ffp-contract=fast); intrinsics stand only where the operators have no word for it.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "../../common/dtype.h"
+#include "../../common/math.h"
+
+#ifndef SANA_EXT_ISA
+#error "compile with -DSANA_EXT_ISA=baseline|avx2|avx512"
+#endif
+#define SANA_EXT_INLINE inline __attribute__((always_inline))
+
+namespace sana_ext::cpu::SANA_EXT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+
+template <class T> struct VecType;
+template <> struct VecType<float> { typedef float type __attribute__((vector_size(4 * kLanes))); };
+template <> struct VecType<double> { typedef double type __attribute__((vector_size(8 * kLanes))); };
+template <> struct VecType<int32_t> { typedef int32_t type __attribute__((vector_size(4 * kLanes))); };
+template <> struct VecType<uint32_t> { typedef uint32_t type __attribute__((vector_size(4 * kLanes))); };
+template <> struct VecType<uint16_t> { typedef uint16_t type __attribute__((vector_size(2 * kLanes))); };
+// A vector of kLanes accumulators, float or double. With double the compiler splits it over several registers.
+template <class A> using Vec = typename VecType<A>::type;
+
+template <class A> SANA_EXT_INLINE Vec<A> broadcast(A value) { return value - Vec<A>{}; }
+
+template <class A> SANA_EXT_INLINE Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class A> SANA_EXT_INLINE void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
+
+template <class A> SANA_EXT_INLINE Vec<A> relu(Vec<A> v) { return v > Vec<A>{} ? v : Vec<A>{}; }
+
+// Sum of the lanes in a fixed order (pairwise halves).
+template <class A> SANA_EXT_INLINE A sum_lanes(Vec<A> v) {
+  A lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// 16-bit conversions of one vector.
+
+SANA_EXT_INLINE Vec<float> load_bf16(const uint16_t* p) {
+  const auto bits = __builtin_convertvector(load<uint16_t>(p), Vec<uint32_t>) << 16;
+  return reinterpret_cast<Vec<float>>(bits);
+}
+
+SANA_EXT_INLINE void store_bf16(uint16_t* p, Vec<float> v) {  // round to nearest even, NaN stays NaN
+  const auto bits = reinterpret_cast<Vec<uint32_t>>(v);
+  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto result = (bits & 0x7fffffffu) > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded;
+  store<uint16_t>(p, __builtin_convertvector(result, Vec<uint16_t>));
+}
+
+SANA_EXT_INLINE Vec<float> load_f16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i]);
+  return v;
+#endif
+}
+
+SANA_EXT_INLINE void store_f16(uint16_t* p, Vec<float> v) {  // round to nearest even
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
+#endif
+}
+
+// exp in float: 2^k * p(r), r in [-ln2/2, ln2/2], the degree-6 Taylor-Chebyshev polynomial of Cephes' expf; within 2 ulp on
+// [-87, 88] and clamped outside, which is what sigmoid needs (exp(-88) is below float's epsilon by far).
+SANA_EXT_INLINE Vec<float> exp(Vec<float> x) {
+  const auto high = broadcast(88.0f), low = broadcast(-87.0f);
+  x = x > high ? high : x;
+  x = x < low ? low : x;  // a NaN passes both comparisons unchanged
+  const auto magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const auto shifted = x * 1.44269504088896341f + magic;
+  const auto k = shifted - magic;
+  auto r = x - k * 0.693359375f;
+  r = r - k * -2.12194440e-4f;
+  auto p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const auto exponent = (reinterpret_cast<Vec<uint32_t>>(shifted) - 0x4b400000u + 127u) << 23;
+  return p * reinterpret_cast<Vec<float>>(exponent);
+}
+
+SANA_EXT_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <class A> SANA_EXT_INLINE Vec<A> sigmoid(Vec<A> x) { return A(1) / (A(1) + exp(-x)); }
+
+// A 64-byte aligned temporary of `count` elements, rounded up to whole vectors; uninitialised.
+template <class A> class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    if (count <= 0) return;
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(A) + kLanes * sizeof(A) + 63) / 64 * 64;
+    data_ = static_cast<A*>(std::aligned_alloc(64, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  SANA_EXT_INLINE A* data() { return data_; }
+  SANA_EXT_INLINE A& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  A* data_ = nullptr;
+};
+
+template <class A> SANA_EXT_INLINE void zero(A* p, int64_t count) { std::memset(p, 0, static_cast<size_t>(count) * sizeof(A)); }
+
+// Rows. `count` elements starting `offset` elements after p, as accumulators: the tensor's own memory when its type is A
+// already, else converted into `scratch` (room for `count` rounded up to kLanes).
+
+template <class A> const A* load_row(ConstPtr p, int64_t offset, int64_t count, A* scratch);
+
+template <> inline const double* load_row<double>(ConstPtr p, int64_t offset, int64_t, double*) {
+  return static_cast<const double*>(p.data) + offset;
+}
+
+template <> inline const float* load_row<float>(ConstPtr p, int64_t offset, int64_t count, float* scratch) {
+  if (p.dtype == Dtype::kFloat32) return static_cast<const float*>(p.data) + offset;
+  const auto* source = static_cast<const uint16_t*>(p.data) + offset;
+  int64_t i = 0;
+  if (p.dtype == Dtype::kBFloat16) {
+    for (; i + kLanes <= count; i += kLanes) store(scratch + i, load_bf16(source + i));
+    for (; i < count; ++i) scratch[i] = bfloat16_to_float(source[i]);
+  } else {
+    for (; i + kLanes <= count; i += kLanes) store(scratch + i, load_f16(source + i));
+    for (; i < count; ++i) scratch[i] = half_to_float(source[i]);
+  }
+  return scratch;
+}
+
+template <class A> void store_row(Ptr p, int64_t offset, int64_t count, const A* source);
+
+template <> inline void store_row<double>(Ptr p, int64_t offset, int64_t count, const double* source) {
+  std::memcpy(static_cast<double*>(p.data) + offset, source, static_cast<size_t>(count) * sizeof(double));
+}
+
+template <> inline void store_row<float>(Ptr p, int64_t offset, int64_t count, const float* source) {
+  if (p.dtype == Dtype::kFloat32) {
+    std::memcpy(static_cast<float*>(p.data) + offset, source, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  auto* target = static_cast<uint16_t*>(p.data) + offset;
+  int64_t i = 0;
+  if (p.dtype == Dtype::kBFloat16) {
+    for (; i + kLanes <= count; i += kLanes) store_bf16(target + i, load(source + i));
+    for (; i < count; ++i) target[i] = float_to_bfloat16(source[i]);
+  } else {
+    for (; i + kLanes <= count; i += kLanes) store_f16(target + i, load(source + i));
+    for (; i < count; ++i) target[i] = float_to_half(source[i]);
+  }
+}
+
+// One formula for whole vectors and for the tail: for_each(count, [&](auto lanes, int64_t i) { ... }) calls the body with
+// `Whole` at i = 0, kLanes, ... and with `One` for each remaining element; lanes.load(p + i) is a Vec<A> or an A.
+struct Whole {
+  template <class A> static SANA_EXT_INLINE Vec<A> load(const A* p) { return SANA_EXT_ISA::load(p); }
+  template <class A> static SANA_EXT_INLINE void store(A* p, Vec<A> v) { SANA_EXT_ISA::store(p, v); }
+};
+struct One {
+  template <class A> static SANA_EXT_INLINE A load(const A* p) { return *p; }
+  template <class A> static SANA_EXT_INLINE void store(A* p, A v) { *p = v; }
+};
+
+template <class Body> SANA_EXT_INLINE void for_each(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(Whole{}, i);
+  for (; i < count; ++i) body(One{}, i);
+}
+
+// A sum fed with whole vectors and single elements, added up in a fixed order.
+template <class A> struct Sum {
+  Vec<A> whole{};
+  A one = 0;
+  SANA_EXT_INLINE void add(Vec<A> v) { whole += v; }
+  SANA_EXT_INLINE void add(A v) { one += v; }
+  SANA_EXT_INLINE A total() const { return sum_lanes<A>(whole) + one; }
+};
+
+}  // namespace sana_ext::cpu::SANA_EXT_ISA

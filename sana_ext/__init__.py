@@ -1,0 +1,13 @@
+"""sana_ext: fast kernels for SANA, and a drop-in backend for diffusers.
+
+Importing loads torch and nothing heavier. Compiled kernels are used where they exist; ``python -m sana_ext`` tells which.
+"""
+
+from . import _extension, reference
+from .ops import gated_residual, norm_modulate, residual_norm_modulate
+
+__version__ = "0.1.0"
+
+_extension.load()
+
+__all__ = ["gated_residual", "norm_modulate", "reference", "residual_norm_modulate"]

@@ -1,0 +1,57 @@
+"""Argument errors of the public functions: each names the argument, what came, and what is supported."""
+
+from __future__ import annotations
+
+import torch
+
+SUPPORTED = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(op: str, name: str, value: object, ndim: int | tuple[int, ...], layout: str) -> None:
+    """`value` is a dense floating-point tensor of the given rank and a supported dtype for its device."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"sana_ext.{op}: {name} must be a torch.Tensor {layout}, got {type(value).__name__}")
+    ranks = (ndim,) if isinstance(ndim, int) else ndim
+    if value.dim() not in ranks:
+        raise ValueError(f"sana_ext.{op}: {name} must have shape {layout}, got {list(value.shape)}")
+    if value.layout != torch.strided:
+        raise ValueError(f"sana_ext.{op}: {name} must be a dense tensor, got layout {value.layout}")
+    supported = SUPPORTED.get(value.device.type)
+    if supported is not None and value.dtype not in supported:
+        names = ", ".join(map(short, supported))
+        raise TypeError(f"sana_ext.{op}: {name} has dtype {short(value.dtype)}; {value.device.type} supports {names}")
+
+
+def shape(op: str, name: str, value: torch.Tensor, expected: tuple[int, ...], layout: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"sana_ext.{op}: {name} must have shape {layout} = {list(expected)}, got {list(value.shape)}"
+        )
+
+
+def together(op: str, **tensors: torch.Tensor | None) -> None:
+    """All given tensors are on one device, and all or none of them are float64."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    (first_name, first), *rest = given.items()
+    for name, t in rest:
+        if t.device != first.device:
+            raise ValueError(
+                f"sana_ext.{op}: {name} is on {t.device}, {first_name} on {first.device}; all tensors must share one device"
+            )
+        if (t.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise TypeError(
+                f"sana_ext.{op}: {name} is {short(t.dtype)} and {first_name} is {short(first.dtype)}; "
+                "float64 mixes with no other dtype"
+            )
+
+
+def positive(op: str, name: str, value: float) -> None:
+    if not value >= 0:  # also refuses NaN
+        raise ValueError(f"sana_ext.{op}: {name} must be a number >= 0, got {value}")

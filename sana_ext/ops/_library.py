@@ -1,0 +1,51 @@
+"""How an op of this package is registered: schema, default kernel, fake kernel, autograd.
+
+The default kernel is the reference in plain PyTorch and answers wherever no compiled kernel is registered, so every op
+exists on every machine. Compiled kernels (csrc/cpu, csrc/cuda) register themselves for their device when their library
+is loaded; the dispatcher then prefers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: Every registered op of the namespace ``sana_ext``: name -> stem of its family.
+OPS: dict[str, str] = {}
+
+
+def define(stem: str, name: str, schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers ``sana_ext::name`` with its schema, its PyTorch kernel and its shape function."""
+    qualified = f"sana_ext::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "default", default)
+    torch.library.register_fake(qualified, fake)
+    OPS[name] = stem
+
+
+def differentiable(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any], backward_op: str | None = None
+) -> None:
+    """Gives ``sana_ext::name`` a gradient; ``backward_op``, the op that computes it, then refuses to be differentiated."""
+    torch.library.register_autograd(f"sana_ext::{name}", backward, setup_context=setup_context)
+    if backward_op is None:
+        return
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"sana_ext.{OPS[name]}: second derivatives are not supported; use sana_ext.reference.{OPS[name]} where you need them"
+        )
+
+    torch.library.register_autograd(f"sana_ext::{backward_op}", refuse)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 accumulates in float64, everything else in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_to(grad: torch.Tensor, dtype: torch.dtype, dims: tuple[int, ...]) -> torch.Tensor:
+    """Sum over `dims` in the accumulator type, stored as `dtype`."""
+    return grad.sum(dims).to(dtype)
