@@ -1,5 +1,7 @@
 #include "norm_modulate.h"
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace sana_ext::cpu::SANA_EXT_ISA {
@@ -22,55 +24,110 @@ template <class A> class Coefficients {
   const A* row_ = nullptr;
 };
 
+// Row `offset` of a tensor of accumulators or 16-bit elements, as the typed pointer that `with_type` hands out.
+template <class A, class F> SANA_EXT_INLINE void on_row(ConstPtr p, int64_t offset, const F& f) {
+  with_type<A>(p.dtype, static_cast<const char*>(p.data) + offset * size_of(p.dtype), f);
+}
+template <class A, class F> SANA_EXT_INLINE void on_row(Ptr p, int64_t offset, const F& f) {
+  with_type<A>(p.dtype, static_cast<char*>(p.data) + offset * size_of(p.dtype), f);
+}
+
+// z = x + gate * y, stored in x's type; returns the sum of z as stored, and z itself in `copy`.
+template <class A, class T> A add_residual(const T* x, const A* y, const A* gate, T* z, A* copy, int64_t C) {
+  Sum<A> total;
+  const auto put = [&](auto v, int64_t c, auto slot, auto value) SANA_EXT_LAMBDA_INLINE {
+    v.store(z + c, value);
+    const auto stored = v.load(z + c);  // what the next layer will see: rounded to z's own type
+    if constexpr (sizeof(T) == 2) v.store(copy + c, stored);
+    total.add(stored, slot);
+  };
+  if (gate != nullptr)
+    for_each_slot(C, [&](auto v, int64_t c, auto slot) { put(v, c, slot, v.load(gate + c) * v.load(y + c) + v.load(x + c)); });
+  else
+    for_each_slot(C, [&](auto v, int64_t c, auto slot) { put(v, c, slot, v.load(y + c) + v.load(x + c)); });
+  return total.total();
+}
+
 template <class A> void forward(const NormModulateForward& a, int64_t begin, int64_t end) {
   const int64_t C = a.C;
-  Scratch<A> x_scratch(C), y_scratch(a.y ? C : 0), z_scratch(C), n_scratch(C);
+  Scratch<A> copy(C), y_scratch(a.y ? C : 0);
   Coefficients<A> gates(a.gate, a.gate_stride_b, C), shifts(a.shift, a.shift_stride_b, C), scales(a.scale, a.scale_stride_b, C);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / a.N, i_n = row % a.N;
-    const A* z = load_row<A>(a.x, b * a.x_stride_b + i_n * a.x_stride_n, C, x_scratch.data());
-    if (a.y) {
-      const A* x = z;
-      const A* y = load_row<A>(a.y, b * a.y_stride_b + i_n * a.y_stride_n, C, y_scratch.data());
-      const A* gate = gates.row(b);
-      A* sum = z_scratch.data();
-      if (gate != nullptr)
-        for_each(C, [&](auto v, int64_t c) { v.store(sum + c, v.load(gate + c) * v.load(y + c) + v.load(x + c)); });
-      else
-        for_each(C, [&](auto v, int64_t c) { v.store(sum + c, v.load(y + c) + v.load(x + c)); });
-      store_row<A>(a.z, row * C, C, sum);
-      z = load_row<A>(a.z, row * C, C, sum);  // normalise what the next layer will see: z rounded to its own type
-    }
+    const A* z = copy.data();  // the row that is normalised
+    A sum = 0;
+    on_row<A>(a.x, b * a.x_stride_b + i_n * a.x_stride_n, [&](const auto* x) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+      if (a.y) {
+        const A* y = load_row<A>(a.y, b * a.y_stride_b + i_n * a.y_stride_n, C, y_scratch.data());
+        T* stored = static_cast<T*>(a.z.data) + row * C;
+        sum = add_residual(x, y, gates.row(b), stored, copy.data(), C);
+        if constexpr (sizeof(T) == sizeof(A)) z = stored;
+        return;
+      }
+      Sum<A> total;
+      for_each_slot(C, [&](auto v, int64_t c, auto slot) {
+        const auto value = v.load(x + c);
+        if constexpr (sizeof(T) != sizeof(A)) v.store(copy.data() + c, value);
+        total.add(value, slot);
+      });
+      sum = total.total();
+      if constexpr (sizeof(T) == sizeof(A)) z = x;
+    });
     if (!a.n) continue;
-    Sum<A> total, squares;
-    for_each(C, [&](auto v, int64_t c) { total.add(v.load(z + c)); });
-    const A mean = total.total() / A(C);
-    for_each(C, [&](auto v, int64_t c) {
+    const A mean = sum / A(C);
+    Sum<A> squares;
+    for_each_slot(C, [&](auto v, int64_t c, auto slot) {
       const auto d = v.load(z + c) - mean;
-      squares.add(d * d);
+      squares.add(d * d, slot);
     });
     const A rstd = A(1) / std::sqrt(squares.total() / A(C) + A(a.eps));
     const A *scale = scales.row(b), *shift = shifts.row(b);
-    A* n = n_scratch.data();
-    for_each(C, [&](auto v, int64_t c) {
-      v.store(n + c, (v.load(z + c) - mean) * rstd * (v.load(scale + c) + A(1)) + v.load(shift + c));
+    on_row<A>(a.n, row * C, [&](auto* n) {
+      for_each(C, [&](auto v, int64_t c) {
+        v.store(n + c, (v.load(z + c) - mean) * rstd * (v.load(scale + c) + A(1)) + v.load(shift + c));
+      });
     });
-    store_row<A>(a.n, row * C, C, n);
     static_cast<A*>(a.mean)[row] = mean;
     static_cast<A*>(a.rstd)[row] = rstd;
   }
 }
 
+// One row of the LayerNorm's gradient: g = dn * (1 + scale) into `g_row`, the sums of dshift and dscale, then
+// dz_total = dz + rstd * (g - mean(g) - xhat * mean(g * xhat)) over it.
+template <class A>
+void norm_backward_row(const A* dn, const A* z, const A* scale, const A* dz, A mean, A rstd, A* g_row, A* dshift, A* dscale, int64_t C) {
+  Sum<A> sum_g, sum_gx;
+  for_each_slot(C, [&](auto v, int64_t c, auto slot) {
+    const auto d = v.load(dn + c), xhat = (v.load(z + c) - mean) * rstd, g = d * (v.load(scale + c) + A(1));
+    v.store(g_row + c, g);  // rounded, so that g - mean(g) cancels exactly where it must
+    sum_g.add(g, slot);
+    sum_gx.add(g * xhat, slot);
+    v.store(dshift + c, v.load(dshift + c) + d);
+    v.store(dscale + c, v.load(dscale + c) + d * xhat);
+  });
+  const A mean_g = sum_g.total() / A(C), mean_gx = sum_gx.total() / A(C);
+  const auto gradient = [&](auto v, int64_t c) SANA_EXT_LAMBDA_INLINE {
+    return (v.load(g_row + c) - mean_g - (v.load(z + c) - mean) * rstd * mean_gx) * rstd;
+  };
+  if (dz != nullptr)
+    for_each(C, [&](auto v, int64_t c) { v.store(g_row + c, gradient(v, c) + v.load(dz + c)); });
+  else
+    for_each(C, [&](auto v, int64_t c) { v.store(g_row + c, gradient(v, c)); });
+}
+
 template <class A> void backward(const NormModulateBackward& a, int64_t begin, int64_t end) {
   const int64_t C = a.C, blocks = (a.N + kNormModulateBlock - 1) / kNormModulateBlock;
-  Scratch<A> dz_scratch(C), dn_scratch(C), z_scratch(C), y_scratch(C), total_scratch(C), dy_scratch(C);
+  Scratch<A> dz_scratch(C), dn_scratch(C), z_scratch(C), y_scratch(C), total_scratch(C);
   Coefficients<A> gates(a.gate, a.gate_stride_b, C), scales(a.scale, a.scale_stride_b, C);
+  const bool dx_is_accumulator = a.dx && size_of(a.dx.dtype) == static_cast<int64_t>(sizeof(A));
   for (int64_t block = begin; block < end; ++block) {
     const int64_t b = block / blocks, first = block % blocks * kNormModulateBlock;
     const int64_t last = first + kNormModulateBlock < a.N ? first + kNormModulateBlock : a.N;
     A* dshift = static_cast<A*>(a.partial) + block * 3 * C;
     A *dscale = dshift + C, *dgate = dscale + C;
-    zero(dshift, 3 * C);
+    if (a.dn) zero(dshift, 2 * C);
+    if (a.gate) zero(dgate, C);
     const A *gate = gates.row(b), *scale = scales.row(b);
     for (int64_t i_n = first; i_n < last; ++i_n) {
       const int64_t row = b * a.N + i_n;
@@ -79,39 +136,24 @@ template <class A> void backward(const NormModulateBackward& a, int64_t begin, i
       if (a.dn) {
         const A* dn = load_row<A>(a.dn, b * a.dn_stride_b + i_n * a.dn_stride_n, C, dn_scratch.data());
         const A* z = load_row<A>(a.z, b * a.z_stride_b + i_n * a.z_stride_n, C, z_scratch.data());
-        const A mean = static_cast<const A*>(a.mean)[row], rstd = static_cast<const A*>(a.rstd)[row];
-        Sum<A> sum_g, sum_gx;
-        A* out = total_scratch.data();  // first g, rounded, so that g - mean(g) cancels exactly; then dz_total
-        for_each(C, [&](auto v, int64_t c) {
-          const auto d = v.load(dn + c), xhat = (v.load(z + c) - mean) * rstd, g = d * (v.load(scale + c) + A(1));
-          v.store(out + c, g);
-          sum_g.add(g);
-          sum_gx.add(g * xhat);
-          v.store(dshift + c, v.load(dshift + c) + d);
-          v.store(dscale + c, v.load(dscale + c) + d * xhat);
-        });
-        const A mean_g = sum_g.total() / A(C), mean_gx = sum_gx.total() / A(C);
-        for_each(C, [&](auto v, int64_t c) {
-          const auto xhat = (v.load(z + c) - mean) * rstd;
-          auto dx = (v.load(out + c) - mean_g - xhat * mean_gx) * rstd;
-          if (dz != nullptr) dx += v.load(dz + c);
-          v.store(out + c, dx);
-        });
+        A* out = dx_is_accumulator ? static_cast<A*>(a.dx.data) + row * C : total_scratch.data();
+        norm_backward_row<A>(dn, z, scale, dz, static_cast<const A*>(a.mean)[row], static_cast<const A*>(a.rstd)[row], out, dshift,
+                             dscale, C);
         total = out;
       }
-      if (a.dx) store_row<A>(a.dx, row * C, C, total);
+      if (a.dx && !(a.dn && dx_is_accumulator)) store_row<A>(a.dx, row * C, C, total);
       if (gate == nullptr) {
         if (a.dy) store_row<A>(a.dy, row * C, C, total);
         continue;
       }
       const A* y = load_row<A>(a.y, b * a.y_stride_b + i_n * a.y_stride_n, C, y_scratch.data());
-      A* dy = dy_scratch.data();
-      for_each(C, [&](auto v, int64_t c) {
-        const auto d = v.load(total + c);
-        v.store(dy + c, d * v.load(gate + c));
-        v.store(dgate + c, v.load(dgate + c) + d * v.load(y + c));
+      on_row<A>(a.dy, row * C, [&](auto* dy) {
+        for_each(C, [&](auto v, int64_t c) {
+          const auto d = v.load(total + c);
+          v.store(dy + c, d * v.load(gate + c));
+          v.store(dgate + c, v.load(dgate + c) + d * v.load(y + c));
+        });
       });
-      if (a.dy) store_row<A>(a.dy, row * C, C, dy);
     }
   }
 }

@@ -22,6 +22,7 @@
 #error "compile with -DSANA_EXT_ISA=baseline|avx2|avx512"
 #endif
 #define SANA_EXT_INLINE inline __attribute__((always_inline))
+#define SANA_EXT_LAMBDA_INLINE __attribute__((always_inline))  // between a lambda's parameters and its body
 
 namespace sana_ext::cpu::SANA_EXT_ISA {
 
@@ -100,6 +101,46 @@ SANA_EXT_INLINE void store_f16(uint16_t* p, Vec<float> v) {  // round to nearest
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
 #endif
+}
+
+// Elements of a tensor, loaded as and stored from accumulators: float and double as they are, 16-bit types converted.
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+SANA_EXT_INLINE Vec<float> load(const BFloat16* p) { return load_bf16(&p->bits); }
+SANA_EXT_INLINE Vec<float> load(const Float16* p) { return load_f16(&p->bits); }
+SANA_EXT_INLINE void store(BFloat16* p, Vec<float> v) { store_bf16(&p->bits, v); }
+SANA_EXT_INLINE void store(Float16* p, Vec<float> v) { store_f16(&p->bits, v); }
+SANA_EXT_INLINE float load_one(const float* p) { return *p; }
+SANA_EXT_INLINE double load_one(const double* p) { return *p; }
+SANA_EXT_INLINE float load_one(const BFloat16* p) { return bfloat16_to_float(p->bits); }
+SANA_EXT_INLINE float load_one(const Float16* p) { return half_to_float(p->bits); }
+SANA_EXT_INLINE void store_one(float* p, float v) { *p = v; }
+SANA_EXT_INLINE void store_one(double* p, double v) { *p = v; }
+SANA_EXT_INLINE void store_one(BFloat16* p, float v) { p->bits = float_to_bfloat16(v); }
+SANA_EXT_INLINE void store_one(Float16* p, float v) { p->bits = float_to_half(v); }
+
+// Calls f with `data` as a pointer to its elements, so that f is compiled once per element type that A accumulates.
+template <class A, class F> SANA_EXT_INLINE void with_type(Dtype dtype, const void* data, const F& f) {
+  if constexpr (sizeof(A) == 8) {
+    f(static_cast<const double*>(data));
+  } else {
+    switch (dtype) {
+      case Dtype::kBFloat16: return f(static_cast<const BFloat16*>(data));
+      case Dtype::kFloat16: return f(static_cast<const Float16*>(data));
+      default: return f(static_cast<const float*>(data));
+    }
+  }
+}
+template <class A, class F> SANA_EXT_INLINE void with_type(Dtype dtype, void* data, const F& f) {
+  if constexpr (sizeof(A) == 8) {
+    f(static_cast<double*>(data));
+  } else {
+    switch (dtype) {
+      case Dtype::kBFloat16: return f(static_cast<BFloat16*>(data));
+      case Dtype::kFloat16: return f(static_cast<Float16*>(data));
+      default: return f(static_cast<float*>(data));
+    }
+  }
 }
 
 // exp in float: 2^k * p(r), r in [-ln2/2, ln2/2], the degree-6 Taylor-Chebyshev polynomial of Cephes' expf; within 2 ulp on
@@ -199,12 +240,12 @@ template <> inline void store_row<float>(Ptr p, int64_t offset, int64_t count, c
 // One formula for whole vectors and for the tail: for_each(count, [&](auto lanes, int64_t i) { ... }) calls the body with
 // `Whole` at i = 0, kLanes, ... and with `One` for each remaining element; lanes.load(p + i) is a Vec<A> or an A.
 struct Whole {
-  template <class A> static SANA_EXT_INLINE Vec<A> load(const A* p) { return SANA_EXT_ISA::load(p); }
-  template <class A> static SANA_EXT_INLINE void store(A* p, Vec<A> v) { SANA_EXT_ISA::store(p, v); }
+  template <class T> static SANA_EXT_INLINE auto load(const T* p) { return SANA_EXT_ISA::load(p); }
+  template <class T, class V> static SANA_EXT_INLINE void store(T* p, V v) { SANA_EXT_ISA::store(p, v); }
 };
 struct One {
-  template <class A> static SANA_EXT_INLINE A load(const A* p) { return *p; }
-  template <class A> static SANA_EXT_INLINE void store(A* p, A v) { *p = v; }
+  template <class T> static SANA_EXT_INLINE auto load(const T* p) { return load_one(p); }
+  template <class T, class A> static SANA_EXT_INLINE void store(T* p, A v) { store_one(p, v); }
 };
 
 template <class Body> SANA_EXT_INLINE void for_each(int64_t count, const Body& body) {
@@ -213,13 +254,28 @@ template <class Body> SANA_EXT_INLINE void for_each(int64_t count, const Body& b
   for (; i < count; ++i) body(One{}, i);
 }
 
+// The same, four vectors at a time, for bodies that sum: body(lanes, i, slot), slot = 0..3 a compile-time constant, keeps
+// four independent chains of additions in flight.
+template <int kSlot> struct Slot {};
+template <class Body> SANA_EXT_INLINE void for_each_slot(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    body(Whole{}, i, Slot<0>{});
+    body(Whole{}, i + kLanes, Slot<1>{});
+    body(Whole{}, i + 2 * kLanes, Slot<2>{});
+    body(Whole{}, i + 3 * kLanes, Slot<3>{});
+  }
+  for (; i + kLanes <= count; i += kLanes) body(Whole{}, i, Slot<0>{});
+  for (; i < count; ++i) body(One{}, i, Slot<0>{});
+}
+
 // A sum fed with whole vectors and single elements, added up in a fixed order.
 template <class A> struct Sum {
-  Vec<A> whole{};
+  Vec<A> whole[4] = {};
   A one = 0;
-  SANA_EXT_INLINE void add(Vec<A> v) { whole += v; }
-  SANA_EXT_INLINE void add(A v) { one += v; }
-  SANA_EXT_INLINE A total() const { return sum_lanes<A>(whole) + one; }
+  template <int kSlot = 0> SANA_EXT_INLINE void add(Vec<A> v, Slot<kSlot> = {}) { whole[kSlot] += v; }
+  template <int kSlot = 0> SANA_EXT_INLINE void add(A v, Slot<kSlot> = {}) { one += v; }
+  SANA_EXT_INLINE A total() const { return sum_lanes<A>((whole[0] + whole[1]) + (whole[2] + whole[3])) + one; }
 };
 
 }  // namespace sana_ext::cpu::SANA_EXT_ISA

@@ -1,0 +1,60 @@
+"""norm_modulate, gated_residual and residual_norm_modulate against the expressions of diffusers' SanaTransformerBlock."""
+
+import harness
+import torch
+import torch.nn.functional as F
+
+import sana_ext
+
+
+def eager_norm_modulate(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+def eager_gated_residual(x, y, gate):
+    return x + gate[:, None] * y
+
+
+def eager_residual_norm_modulate(x, y, shift, scale):
+    z = y + x
+    return z, eager_norm_modulate(z, shift, scale)
+
+
+# name: eager function, arguments, passes over an [N, C] tensor that the forward and the backward cannot avoid
+OPS = {
+    "norm_modulate": (eager_norm_modulate, ("x", "shift", "scale"), 2, 3),
+    "gated_residual": (eager_gated_residual, ("x", "y", "gate"), 3, 3),
+    "residual_norm_modulate": (eager_residual_norm_modulate, ("x", "y", "shift", "scale"), 4, 5),
+}
+
+
+def case(args, name, dtype, direction):
+    B, N, C = (1, 64, 256) if args.quick else (1, 1024, 2240)
+    eager, names, forward_units, backward_units = OPS[name]
+    torch.manual_seed(0)
+    inputs = {k: (torch.randn(B, N, C) if k in "xy" else torch.randn(B, C)).to(dtype) for k in names}
+    functions = {"eager": eager, "ours": getattr(sana_ext, name)}
+    if not args.no_compile:
+        functions["compile"] = harness.compiled(eager)
+    units = backward_units if direction == "backward" else forward_units
+    return harness.Case(
+        f"{name} {direction}",
+        f"{B}x{N}x{C}",
+        dtype,
+        {k: getattr(harness, direction)(fn, inputs) for k, fn in functions.items()},
+        harness.gate(functions["ours"], eager, inputs, gradients=direction == "backward"),
+        bytes=units * B * N * C * dtype.itemsize,
+    )
+
+
+if __name__ == "__main__":
+    args = harness.arguments(__doc__)
+    harness.run(
+        [
+            lambda name=name, dtype=dtype, direction=direction: case(args, name, dtype, direction)
+            for name in OPS
+            for dtype in (torch.float32, torch.bfloat16)
+            for direction in ("forward", "backward")
+        ],
+        args,
+    )

@@ -1,0 +1,247 @@
+"""The benchmark harness: correctness gate, interleaved timing, machine ceilings, table and JSON.
+
+A case is a set of columns (callables that do the same work) on one shape. Before anything is timed the gate compares
+`ours` with `eager` by the rule of the tests: err(ours) <= 2 err(eager) + 4 eps32 max|truth|, truth being eager in fp64 on
+the same inputs. A red gate prints no number and makes the run fail. Columns are timed in turn, round by round, so that a
+machine whose speed drifts slows them alike; a ratio is the median of the rounds' ratios, its spread the quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EPS32 = torch.finfo(torch.float32).eps
+FORCING = ("SANA_EXT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+@dataclass
+class Case:
+    """One row of a table. `columns` maps eager / compile / ours to callables; `flops` and `bytes` are the least possible."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    columns: dict[str, Callable[[], Any]]
+    gate: Callable[[], None]
+    flops: float = 0.0
+    bytes: float = 0.0
+    rounds: int | None = None
+
+
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds per case (default 9)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, 2 rounds: checks that the benchmark runs")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile column")
+    parser.add_argument("--only", default="", help="run only the cases whose name contains this text")
+    parser.add_argument("--json", type=Path, help="append the results to this file (default: print the table only)")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds = 2
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def gate(
+    ours: Callable[..., Any],
+    eager: Callable[..., Any],
+    inputs: dict[str, torch.Tensor],
+    *,
+    gradients: bool = False,
+) -> Callable[[], None]:
+    """The correctness gate for functions of named tensors; its AssertionError names what differs."""
+
+    def run(fn: Callable[..., Any], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        given = dict(zip(values, leaves(*values.values()))) if gradients else values
+        with torch.set_grad_enabled(gradients):
+            out = fn(**given)
+            outs = out if isinstance(out, tuple) else (out,)
+            named = {f"out{i}": o.detach() for i, o in enumerate(outs)}
+            if gradients:
+                grads = torch.autograd.grad(outs, list(given.values()), [cotangent(o) for o in outs])
+                named |= {f"d{k}": g for k, g in zip(given, grads)}
+        return named
+
+    def check() -> None:
+        truth = run(eager, {k: v.double() for k, v in inputs.items()})
+        peer, own = run(eager, inputs), run(ours, inputs)
+        for name, t in truth.items():
+            assert_no_worse(name, own[name], peer[name], t)
+
+    return check
+
+
+def assert_no_worse(name: str, ours: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor) -> None:
+    scale = truth.abs().max().item()
+    for kind, err in (("max", lambda e: e.abs().max().item()), ("rms", lambda e: e.pow(2).mean().sqrt().item())):
+        error, allowed = err(ours.double() - truth), 2 * err(peer.double() - truth) + 4 * EPS32 * scale
+        assert error <= allowed, f"{name}: {kind} error {error:.3e} > {allowed:.3e}"
+
+
+def cotangent(out: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(out.numel())
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+
+
+def forward(fn: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return fn(**inputs)
+
+    return run
+
+
+def backward(fn: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    """Times the backward alone: the graph is built once and kept."""
+    given = dict(zip(inputs, leaves(*inputs.values())))
+    out = fn(**given)
+    outs = out if isinstance(out, tuple) else (out,)
+    cotangents = [cotangent(o) for o in outs]
+    return lambda: torch.autograd.grad(outs, list(given.values()), cotangents, retain_graph=True)
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(fn, fullgraph=True)
+
+
+def time_once(fn: Callable[[], Any], device: str, repeats: int) -> float:
+    """Seconds per call."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            fn()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        fn()
+    return (time.perf_counter() - begin) / repeats
+
+
+def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
+    repeats = {}
+    for name, fn in case.columns.items():  # warm up, and choose repeats so that one sample lasts at least 20 ms
+        fn()
+        repeats[name] = max(1, int(0.02 / max(time_once(fn, device, 1), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in case.columns}
+    for _ in range(case.rounds or rounds):
+        for name, fn in case.columns.items():
+            samples[name].append(time_once(fn, device, repeats[name]))
+    result: dict[str, Any] = {"ms": {name: 1e3 * statistics.median(s) for name, s in samples.items()}, "ratio": {}}
+    for name in samples:
+        if name != "ours":
+            ratios = sorted(a / b for a, b in zip(samples[name], samples["ours"]))
+            quartiles = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
+            result["ratio"][name] = [statistics.median(ratios), *quartiles]
+    return result
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """This machine's measured ceilings: copy bandwidth in GB/s, fp32 and bf16 matrix product in GFLOP/s."""
+    size = 1 << 26 if device == "cpu" else 1 << 28
+    a, b = torch.ones(size, device=device), torch.empty(size, device=device)
+    copy = min(time_once(lambda: b.copy_(a), device, 1) for _ in range(6))
+    result = {"copy_GBps": 8 * size / copy / 1e9}
+    n = 1536 if device == "cpu" else 8192
+    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        x = torch.randn(n, n, device=device).to(dtype)
+        product = min(time_once(lambda x=x: x @ x, device, 1) for _ in range(4))
+        result[f"{label}_GFLOPs"] = 2 * n**3 / product / 1e9
+    return result
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """Everything a figure must carry: machine, versions, commit, date, command."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    return {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": threads,
+        "capability": str(
+            torch.cuda.get_device_capability() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+        ),
+        "forced": {k: os.environ[k] for k in FORCING if k in os.environ},
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(cases: list[Callable[[], Case]], args: argparse.Namespace, device: str = "cpu") -> None:
+    """Gates, times and prints every case; cases are built one at a time so that their memory is freed in between."""
+    limits = ceilings(device)
+    head = machine(device, args.threads) | {"ceilings": {k: round(v, 1) for k, v in limits.items()}}
+    about = ("machine", "capability", "torch", "commit", "date")
+    print(", ".join(str(head[k]) for k in about), f"{args.threads} threads", sep=", ")
+    if head["forced"]:
+        print("forced:", " ".join(f"{k}={v}" for k, v in head["forced"].items()))
+    print("ceilings:", ", ".join(f"{k} {v:.0f}" for k, v in limits.items()))
+    print("\n| case | shape | dtype | eager ms | compile ms | ours ms | floor ms | eager / ours | compile / ours |")
+    print("|" + "---|" * 9)
+    failed, rows = [], []
+    for build in cases:
+        case = build()
+        label = f"{case.op} {case.shape} {short(case.dtype)}"
+        if args.only not in label:
+            continue
+        if args.no_compile:
+            case.columns.pop("compile", None)
+        try:
+            case.gate()
+        except AssertionError as error:
+            failed.append(label)
+            print(f"| {case.op} | {case.shape} | {short(case.dtype)} | wrong: {error} |", flush=True)
+            continue
+        result = measure(case, args.rounds, device)
+        rate = limits["fp32_GFLOPs" if case.dtype == torch.float32 else "bf16_GFLOPs"]
+        floor = 1e3 * max(case.flops / rate / 1e9, case.bytes / limits["copy_GBps"] / 1e9)
+        ms = [f"{result['ms'][c]:.3g}" if c in result["ms"] else "-" for c in ("eager", "compile", "ours")]
+        ratios = [
+            "{:.2f} ({:.2f}-{:.2f})".format(*result["ratio"][c]) if c in result["ratio"] else "-"
+            for c in ("eager", "compile")
+        ]
+        cells = [case.op, case.shape, short(case.dtype), *ms, f"{floor:.3g}", *ratios]
+        print("| " + " | ".join(cells) + " |", flush=True)
+        rows.append({"op": case.op, "shape": case.shape, "dtype": short(case.dtype), "floor_ms": floor} | result)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        previous = json.loads(args.json.read_text()) if args.json.exists() else []
+        args.json.write_text(json.dumps([*previous, head | {"rows": rows}], indent=1) + "\n")
+    if failed:
+        raise SystemExit(f"wrong results, not timed: {', '.join(failed)}")
