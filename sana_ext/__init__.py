@@ -4,10 +4,18 @@ Importing loads torch and nothing heavier. Compiled kernels are used where they 
 """
 
 from . import _extension, reference
-from .ops import gated_residual, norm_modulate, residual_norm_modulate
+from .ops import _arithmetic, cross_attention, gated_residual, linear, norm_modulate, residual_norm_modulate
 
 __version__ = "0.1.0"
 
 _extension.load()
+_arithmetic.probe()
 
-__all__ = ["gated_residual", "norm_modulate", "reference", "residual_norm_modulate"]
+__all__ = [
+    "cross_attention",
+    "gated_residual",
+    "linear",
+    "norm_modulate",
+    "reference",
+    "residual_norm_modulate",
+]

@@ -52,6 +52,16 @@ def together(op: str, **tensors: torch.Tensor | None) -> None:
             )
 
 
+def same_dtype(op: str, **tensors: torch.Tensor) -> None:
+    (first_name, first), *rest = tensors.items()
+    for name, t in rest:
+        if t.dtype != first.dtype:
+            raise TypeError(
+                f"sana_ext.{op}: {name} is {short(t.dtype)} and {first_name} is {short(first.dtype)}; "
+                "outside autocast all tensors must share one dtype"
+            )
+
+
 def positive(op: str, name: str, value: float) -> None:
     if not value >= 0:  # also refuses NaN
         raise ValueError(f"sana_ext.{op}: {name} must be a number >= 0, got {value}")

@@ -1,5 +1,6 @@
 """The specification of every op in plain PyTorch: forward, and backward in closed form."""
 
+from .linear import attention_mask, cross_attention, cross_attention_backward, linear, linear_backward
 from .norm_modulate import (
     gated_residual,
     gated_residual_backward,
@@ -10,8 +11,13 @@ from .norm_modulate import (
 )
 
 __all__ = [
+    "attention_mask",
+    "cross_attention",
+    "cross_attention_backward",
     "gated_residual",
     "gated_residual_backward",
+    "linear",
+    "linear_backward",
     "norm_modulate",
     "norm_modulate_backward",
     "residual_norm_modulate",

@@ -1,0 +1,80 @@
+"""Reference of the linear family: y = x W^T + b (also a 1x1 convolution), and attention to the text tokens.
+
+    linear             y = x W^T + b;                       dx = dy W;  dW = dy^T x;  db = sum dy
+    cross_attention    P = softmax(q k^T / sqrt(D) + mask) per head;  o = P v
+
+Backward of the attention, with D = the head dimension, per head:
+
+    dv = P^T do;  dP = do v^T;  dS = P * (dP - sum_T(P * dP));  dq = dS k / sqrt(D);  dk = dS^T q / sqrt(D)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def linear(
+    x: torch.Tensor,  # [..., K]
+    weight: torch.Tensor,  # [F, K] or [F, K, 1, 1]
+    bias: torch.Tensor | None = None,  # [F]
+) -> torch.Tensor:  # [..., F]
+    return F.linear(x, weight.flatten(1), bias)
+
+
+def linear_backward(
+    dy: torch.Tensor,  # [M, F]
+    x: torch.Tensor | None,  # [M, K]
+    weight: torch.Tensor | None,  # [F, K]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """(dx, dweight, dbias) in the accumulator type; dx needs the weight, dweight needs x."""
+    acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    dy = dy.to(acc)
+    dx = None if weight is None else dy @ weight.to(acc)
+    dweight = None if x is None else dy.t() @ x.to(acc)
+    return dx, dweight, dy.sum(0)
+
+
+def attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, T], [B, 1, T], [B, N, T] or four dimensions -> four dimensions that broadcast to [B, H, N, T]."""
+    if mask is None or mask.dim() == 4:
+        return mask
+    return mask[:, None, None] if mask.dim() == 2 else mask[:, None]
+
+
+def cross_attention(
+    q: torch.Tensor,  # [B, N, H, D]
+    k: torch.Tensor,  # [B, T, H, D]
+    v: torch.Tensor,  # [B, T, H, D]
+    mask: torch.Tensor | None = None,  # see attention_mask; bool (True = keep) or float (added to the scores)
+) -> torch.Tensor:  # [B, N, H, D]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = attention_mask(mask)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def cross_attention_backward(
+    dout: torch.Tensor,  # [B, N, H, D]
+    q: torch.Tensor,  # [B, N, H, D]
+    k: torch.Tensor,  # [B, T, H, D]
+    v: torch.Tensor,  # [B, T, H, D]
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) in the accumulator type. A row whose keys are all masked out has P = 0, as in torch's attention."""
+    acc = torch.float64 if dout.dtype == torch.float64 else torch.float32
+    dout, q, k, v = (t.transpose(1, 2).to(acc) for t in (dout, q, k, v))
+    scale = q.shape[-1] ** -0.5
+    p = (q @ k.mT).mul_(scale)
+    mask = attention_mask(mask)
+    if mask is not None:
+        p = p.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else p.add_(mask)
+    empty = p.amax(-1, keepdim=True) == float("-inf") if mask is not None else None
+    p = torch.softmax(p, -1)
+    if empty is not None:
+        p = p.masked_fill_(empty, 0)
+    ds = dout @ v.mT
+    ds = (ds - (p * ds).sum(-1, keepdim=True)).mul_(p)
+    dq, dk, dv = (ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), p.mT @ dout
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
