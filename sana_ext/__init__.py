@@ -4,7 +4,16 @@ Importing loads torch and nothing heavier. Compiled kernels are used where they 
 """
 
 from . import _extension, reference
-from .ops import _arithmetic, cross_attention, gated_residual, linear, norm_modulate, residual_norm_modulate
+from .ops import (
+    _arithmetic,
+    cross_attention,
+    dwconv_glu,
+    gated_residual,
+    glumbconv,
+    linear,
+    norm_modulate,
+    residual_norm_modulate,
+)
 
 __version__ = "0.1.0"
 
@@ -13,7 +22,9 @@ _arithmetic.probe()
 
 __all__ = [
     "cross_attention",
+    "dwconv_glu",
     "gated_residual",
+    "glumbconv",
     "linear",
     "norm_modulate",
     "reference",

@@ -1,5 +1,6 @@
 """The specification of every op in plain PyTorch: forward, and backward in closed form."""
 
+from .glumbconv import dwconv_glu, dwconv_glu_backward, glumbconv
 from .linear import attention_mask, cross_attention, cross_attention_backward, linear, linear_backward
 from .norm_modulate import (
     gated_residual,
@@ -14,8 +15,11 @@ __all__ = [
     "attention_mask",
     "cross_attention",
     "cross_attention_backward",
+    "dwconv_glu",
+    "dwconv_glu_backward",
     "gated_residual",
     "gated_residual_backward",
+    "glumbconv",
     "linear",
     "linear_backward",
     "norm_modulate",
