@@ -11,6 +11,8 @@ from .ops import (
     gated_residual,
     glumbconv,
     linear,
+    linear_attention,
+    linear_attention_qkv,
     norm_modulate,
     residual_norm_modulate,
 )
@@ -26,6 +28,8 @@ __all__ = [
     "gated_residual",
     "glumbconv",
     "linear",
+    "linear_attention",
+    "linear_attention_qkv",
     "norm_modulate",
     "reference",
     "residual_norm_modulate",

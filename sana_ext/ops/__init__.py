@@ -3,6 +3,7 @@
 from .cross_attention import cross_attention
 from .glumbconv import dwconv_glu, glumbconv
 from .linear import linear
+from .linear_attention import linear_attention, linear_attention_qkv
 from .norm_modulate import gated_residual, norm_modulate, residual_norm_modulate
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "gated_residual",
     "glumbconv",
     "linear",
+    "linear_attention",
+    "linear_attention_qkv",
     "norm_modulate",
     "residual_norm_modulate",
 ]

@@ -63,5 +63,7 @@ def same_dtype(op: str, **tensors: torch.Tensor) -> None:
 
 
 def positive(op: str, name: str, value: float) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"sana_ext.{op}: {name} must be a number >= 0, got {type(value).__name__}")
     if not value >= 0:  # also refuses NaN
         raise ValueError(f"sana_ext.{op}: {name} must be a number >= 0, got {value}")

@@ -2,6 +2,14 @@
 
 from .glumbconv import dwconv_glu, dwconv_glu_backward, glumbconv
 from .linear import attention_mask, cross_attention, cross_attention_backward, linear, linear_backward
+from .linear_attention import (
+    linear_attention,
+    linear_attention_backward,
+    linear_attention_qkv,
+    linear_attention_state,
+    row_rstd,
+    unpack,
+)
 from .norm_modulate import (
     gated_residual,
     gated_residual_backward,
@@ -22,8 +30,14 @@ __all__ = [
     "glumbconv",
     "linear",
     "linear_backward",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_qkv",
+    "linear_attention_state",
     "norm_modulate",
     "norm_modulate_backward",
     "residual_norm_modulate",
+    "row_rstd",
     "row_statistics",
+    "unpack",
 ]
