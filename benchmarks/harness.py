@@ -42,8 +42,11 @@ class Case:
     rounds: int | None = None
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, **integers: int) -> argparse.Namespace:
+    """The options of every benchmark; `integers` adds --NAME with its default for a benchmark's own sizes."""
     parser = argparse.ArgumentParser(description=description)
+    for name, default in integers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds per case (default 9)")
     parser.add_argument("--quick", action="store_true", help="small shapes, 2 rounds: checks that the benchmark runs")
@@ -216,7 +219,7 @@ def run(cases: list[Callable[[], Case]], args: argparse.Namespace, device: str =
     print("|" + "---|" * 9)
     failed, rows = [], []
     for build in cases:
-        case = build()
+        case = build()  # the previous case is freed here
         label = f"{case.op} {case.shape} {short(case.dtype)}"
         if args.only not in label:
             continue
