@@ -4,14 +4,24 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace sana_ext::cpu {
 namespace {
 
+#if defined(__x86_64__)
+bool has_f16c() {  // a word that older compilers' __builtin_cpu_supports does not know
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+#endif
+
 Isa best_available() {
 #if defined(__x86_64__) && !defined(SANA_EXT_BASELINE_ONLY)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Isa::kAvx512;
@@ -53,3 +63,14 @@ const char* isa_name(Isa level) {
 }
 
 }  // namespace sana_ext::cpu
+
+// For Python (sana_ext/_extension.py, through ctypes): the level in use, or nullptr where SANA_EXT_CPU_ISA names one that is
+// not available; and the best one of this processor.
+#define SANA_EXT_EXPORT extern "C" __attribute__((visibility("default")))
+SANA_EXT_EXPORT const char* sana_ext_cpu_isa();
+SANA_EXT_EXPORT const char* sana_ext_cpu_best_isa();
+
+const char* sana_ext_cpu_isa() try { return sana_ext::cpu::isa_name(sana_ext::cpu::isa()); } catch (...) {
+  return nullptr;
+}
+const char* sana_ext_cpu_best_isa() { return sana_ext::cpu::isa_name(sana_ext::cpu::best_available()); }

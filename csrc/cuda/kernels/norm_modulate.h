@@ -6,7 +6,7 @@
 
 namespace sana_ext::cuda {
 
-// Register budget, checked by `make kernels`: norm_modulate_forward_kernel 40
+// Register budget, checked by `make kernels`: norm_modulate_forward_kernel 48
 
 struct NormModulateForward {
   int64_t B, N, C;

@@ -1,0 +1,354 @@
+"""`make check`: every check of the project, one part after the other, with the time of each and a summary.
+
+    python3 scripts/check.py            all parts
+    python3 scripts/check.py lint neon  only these
+    python3 scripts/check.py --list     what there is
+
+Needs nothing but Python's standard library; the parts use the environment that `make test` creates. A part that lacks
+a tool fails and says which package has it. Full output is kept in build/check/<part>.log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "build/check"
+BIN = ROOT / os.environ.get("VENV", ".venv") / "bin"
+PYTHON = str(BIN / "python")
+SECOND_TORCH = os.environ.get("SECOND_TORCH", "2.14.1")
+LIMIT_SECONDS = 3600  # of one command
+# What makes torch's own kernels choose as on a processor without AVX-512, beside our SANA_EXT_CPU_ISA.
+AVX2 = {
+    "SANA_EXT_CPU_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+PACKAGES = {
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "qemu-aarch64": "qemu-user",
+    "clang++": "clang",
+    "nm": "binutils",
+    "c++filt": "binutils",
+}
+
+PARTS: dict[str, Callable[[], str]] = {}
+log_path = OUT / "check.log"
+
+
+class Failed(Exception):
+    pass
+
+
+def part(function: Callable[[], str]) -> Callable[[], str]:
+    PARTS[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def run(command: list[str | Path], env: dict[str, str] | None = None, cwd: Path = ROOT, fails_with: str = "") -> str:
+    """Runs, logs, returns the output; with `fails_with`, the command must fail and say so."""
+    process = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=LIMIT_SECONDS,
+    )
+    shown = " ".join([*(f"{k}={v}" for k, v in (env or {}).items()), *map(str, command)])
+    with log_path.open("a") as log:
+        log.write(f"$ {shown}\n{process.stdout}\n")
+    if fails_with:
+        if process.returncode == 0 or fails_with not in process.stdout:
+            raise Failed(f"expected a failure that says {fails_with!r}: {shown}\n{process.stdout[-2000:]}")
+    elif process.returncode:
+        errors = [line for line in process.stdout.splitlines() if re.search(r"\b(error|FAILED|Error)\b", line)]
+        raise Failed(
+            "\n".join([f"exit code {process.returncode}: {shown}", *errors[:20], "...", process.stdout[-3000:]])
+        )
+    return process.stdout
+
+
+def need(*tools: str) -> None:
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        packages = " ".join(sorted({PACKAGES.get(tool, tool) for tool in missing}))
+        raise Failed(f"missing: {', '.join(missing)} (on Debian and Ubuntu: apt-get install {packages})")
+
+
+def last_line(text: str, pattern: str) -> str:
+    found = [line for line in text.splitlines() if re.search(pattern, line)]
+    return found[-1].strip() if found else ""
+
+
+def op_tests() -> list[str]:
+    """tests/test_<family>.py of every family of ops."""
+    stems = [p.stem for p in sorted((ROOT / "sana_ext/ops").glob("[!_]*.py"))]
+    return [f"tests/test_{stem}.py" for stem in stems if (ROOT / f"tests/test_{stem}.py").exists()]
+
+
+def pytest(python: str | Path, env: dict[str, str], *args: str) -> str:
+    return last_line(run([python, "-m", "pytest", *args], env), r"\d+ (passed|failed)")
+
+
+def ctest(name: str, *options: str) -> str:
+    build = ROOT / "build" / name
+    tools = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={BIN}/ninja"]
+    run([BIN / "cmake", "-S", ROOT, "-B", build, *tools, *options])
+    run([BIN / "cmake", "--build", build])
+    return last_line(
+        run([BIN / "ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"]), "tests passed"
+    )
+
+
+def venv(folder: Path, packages: list[str], shares: bool = False) -> Path:
+    """A virtual environment, kept from run to run; with `shares` it also sees the packages of the main one."""
+    stamp = folder / (".installed-" + re.sub(r"[^\w.=-]", "", "-".join(packages)))
+    if not stamp.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        run([PYTHON, "-m", "venv", folder])
+        if packages:
+            run([folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "install", "-q", *packages])
+        if shares:
+            purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
+            theirs = run([folder / "bin/python", "-c", purelib]).strip()
+            Path(theirs, "shared.pth").write_text(run([PYTHON, "-c", purelib]))
+        stamp.touch()
+    return folder / "bin/python"
+
+
+@part
+def test() -> str:
+    """make test: the environment, the build, the whole suite"""
+    report = OUT / "test.xml"
+    summary = last_line(run(["make", "test", f"PYTEST_ARGS=--junitxml={report}"]), r"\d+ (passed|failed)")
+    skips = Counter(e.get("message", "") for e in ElementTree.parse(report).iter("skipped"))
+    gpu = sum(n for reason, n in skips.items() if re.search("GPU|CUDA", reason, re.IGNORECASE))
+    others = "".join(f"\n    skipped {n}: {reason}" for reason, n in sorted(skips.items()))
+    return f"{summary}; {gpu} tests skipped for lack of a GPU{others}"
+
+
+@part
+def lint() -> str:
+    """ruff, ruff format, mypy, clang-format"""
+    run(["make", "lint"])
+    return "clean"
+
+
+@part
+def cpp() -> str:
+    """ctest: the torch-free kernels at every instruction set level, by g++"""
+    return ctest("cmake")
+
+
+@part
+def clang() -> str:
+    """the same by clang++"""
+    need("clang++")
+    return ctest("clang", "-DCMAKE_CXX_COMPILER=clang++")
+
+
+@part
+def sanitizers() -> str:
+    """the same under AddressSanitizer and UndefinedBehaviorSanitizer"""
+    return ctest("sanitizers", "-DSANA_EXT_SANITIZE=ON")
+
+
+@part
+def neon() -> str:
+    """the same cross-compiled for AArch64, under qemu-user"""
+    need("aarch64-linux-gnu-g++", "qemu-aarch64")
+    return ctest("aarch64", "--toolchain", str(ROOT / "csrc/tests/aarch64.cmake"))
+
+
+@part
+def symbols() -> str:
+    """no code of one instruction set level can answer for another"""
+    need("nm")
+    return run([PYTHON, "scripts/check_symbols.py"]).strip()
+
+
+@part
+def isa_baseline() -> str:
+    """the op tests with SANA_EXT_CPU_ISA=baseline"""
+    return pytest(PYTHON, {"SANA_EXT_CPU_ISA": "baseline"}, *op_tests())
+
+
+@part
+def isa_avx2() -> str:
+    """the op tests as on a processor with AVX2 and no AVX-512"""
+    return pytest(PYTHON, AVX2, *op_tests())
+
+
+@part
+def nvcc_wheels() -> str:
+    """the CUDA library built by the nvcc of the extra [nvcc], with no other nvcc in sight"""
+    extra = (
+        "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['nvcc'])"
+    )
+    python = venv(ROOT / ".venv-nvcc", run([PYTHON, "-c", extra]).split(), shares=True)
+    folders = [f for f in os.environ["PATH"].split(os.pathsep) if not os.access(Path(f) / "nvcc", os.X_OK)]
+    env = {"PATH": os.pathsep.join(folders), "CUDA_HOME": "", "CUDA_PATH": "", "SANA_EXT_BUILD": "cuda"}
+    target = OUT / "nvcc-wheels"
+    run([python, "setup.py", "-q", "build_ext", "--build-lib", target, "--build-temp", target / "temp"], env)
+    if ".venv-nvcc" not in (target / "temp/build.ninja").read_text():
+        raise Failed("another nvcc was used")
+    return f"libsana_ext_cuda.so: {(target / 'sana_ext/libsana_ext_cuda.so').stat().st_size} bytes"
+
+
+@part
+def kernels() -> str:
+    """make kernels: registers, spills, machine code and PTX of every CUDA kernel"""
+    wheels = next((ROOT / ".venv-nvcc").glob("lib/python*/site-packages/nvidia/cu13"), None)
+    here = shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return last_line(run(["make", "kernels"], {"CUDA_HOME": str(wheels)} if wheels and not here else {}), "kernels in")
+
+
+@part
+def second_torch() -> str:
+    """libraries built with one torch, op tests under another, in both directions"""
+    first = run([PYTHON, "-c", "import torch; print(torch.__version__)"]).strip()
+    other = venv(ROOT / f".venv-torch-{SECOND_TORCH}", [f"torch=={SECOND_TORCH}", "numpy", "pytest", "hypothesis"])
+    run(
+        [
+            other,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "-q",
+            "setuptools>=77",
+            "ninja",
+            "pybind11>=2.12",
+        ]
+    )
+    says = "import sana_ext, torch; print(torch.__version__, sana_ext._extension.build_info()['torch_at_build'])"
+    loads = f"{says}; l = sana_ext._extension.libraries(); assert l['cpu'].loaded and (l['cuda'].loaded or not torch.version.cuda), l"
+    forward = {"PYTHONPATH": str(ROOT)}
+    if run([other, "-c", loads], forward).split() != [
+        run([other, "-c", "import torch; print(torch.__version__)"]).strip(),
+        first,
+    ]:
+        raise Failed("the second environment did not run the first one's libraries")
+    there = pytest(other, forward, *op_tests())
+    back = OUT / "built-by-second-torch"
+    run(
+        [other, "setup.py", "-q", "build", "--build-lib", back, "--build-temp", back / "temp"],
+        {"SANA_EXT_BUILD": "cpu"},
+    )
+    (back / "pytest.ini").write_text("[pytest]\naddopts = -q -ra\n")
+    reverse = {"PYTHONPATH": str(back)}
+    if not run([PYTHON, "-P", "-c", says], reverse, back).split()[1].startswith(SECOND_TORCH):
+        raise Failed("the first environment did not run the second one's libraries")
+    here = last_line(
+        run(
+            [PYTHON, "-P", "-m", "pytest", "-c", back / "pytest.ini", *(ROOT / t for t in op_tests()[:2])],
+            reverse,
+            back,
+        ),
+        r"\d+ (passed|failed)",
+    )
+    return f"built with {first}, run with {SECOND_TORCH}: {there}; built with {SECOND_TORCH}, run with {first}: {here}"
+
+
+@part
+def install() -> str:
+    """the source distribution, installed into an empty environment, run from an empty folder"""
+    dist, empty = OUT / "dist", OUT / "empty"
+    shutil.rmtree(dist, ignore_errors=True)
+    empty.mkdir(exist_ok=True)
+    run([PYTHON, "setup.py", "-q", "sdist", "-d", dist])
+    shutil.rmtree(OUT / "fresh", ignore_errors=True)
+    python = venv(OUT / "fresh", [], shares=True)
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-build-isolation", "--no-deps"]
+    run([*pip, next(dist.glob("*.tar.gz"))], {"SANA_EXT_BUILD": "cpu"})
+    where = run([python, "-c", "import sana_ext; print(sana_ext.__file__)"], cwd=empty).strip()
+    if not where.startswith(str(OUT / "fresh")):
+        raise Failed(f"imported {where}")
+    return last_line(run([python, "-m", "sana_ext"], cwd=empty), "self-test")
+
+
+@part
+def build_modes() -> str:
+    """SANA_EXT_BUILD=auto|none|cpu|cuda build what they say; without any library the package works and says so"""
+    setup = f"import runpy; print(runpy.run_path({str(ROOT / 'setup.py')!r}, run_name='setup')['find_nvcc']() or '')"
+    nvcc = run([PYTHON, "-c", setup]).strip()
+    expected = {"none": set(), "cpu": {"cpu"}, "auto": {"cpu", "cuda"} if nvcc else {"cpu"}}
+    if nvcc:
+        expected["cuda"] = {"cpu", "cuda"}
+    temp = OUT / "modes-temp"
+    for mode, libraries in expected.items():
+        target = OUT / f"mode-{mode}"
+        shutil.rmtree(target, ignore_errors=True)
+        run([PYTHON, "setup.py", "-q", "build", "--build-lib", target, "--build-temp", temp], {"SANA_EXT_BUILD": mode})
+        found = {p.stem.removeprefix("libsana_ext_") for p in target.glob("sana_ext/libsana_ext_*.so")}
+        if found != libraries or bool(list(target.glob("sana_ext/_C*.so"))) != bool(libraries):
+            raise Failed(f"SANA_EXT_BUILD={mode} built {sorted(found)}, expected {sorted(libraries)}")
+    report = run([PYTHON, "-P", "-m", "sana_ext"], {"PYTHONPATH": str(OUT / "mode-none")}, OUT / "mode-none")
+    if "not built" not in report:
+        raise Failed(f"python -m sana_ext does not say that nothing was built:\n{report}")
+    without = "" if nvcc else " (no nvcc here: cuda not tried)"
+    return f"{', '.join(expected)}{without}; without libraries: {last_line(report, 'self-test')}"
+
+
+@part
+def benchmarks() -> str:
+    """every benchmark runs on small shapes and passes its correctness gate"""
+    scripts = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    for script in scripts:
+        run([PYTHON, script, "--quick"])
+    return ", ".join(script.stem for script in scripts)
+
+
+@part
+def readme() -> str:
+    """the commands and examples of README.md that are marked as checked"""
+    return last_line(run([PYTHON, "scripts/readme_commands.py"]), "blocks")
+
+
+def main() -> int:
+    global log_path
+    chosen = sys.argv[1:] or list(PARTS)
+    if chosen == ["--list"]:
+        print("\n".join(f"{name:<14} {function.__doc__}" for name, function in PARTS.items()))
+        return 0
+    if unknown := [name for name in chosen if name not in PARTS]:
+        print(f"unknown: {', '.join(unknown)}; there is {', '.join(PARTS)}")
+        return 2
+    OUT.mkdir(parents=True, exist_ok=True)
+    if chosen[0] != "test" and not Path(PYTHON).exists():
+        chosen = ["test", *chosen]
+    results, start = [], time.monotonic()
+    for name in chosen:
+        print(f"{name}: {PARTS[name].__doc__}", flush=True)
+        log_path = OUT / f"{name}.log"
+        log_path.unlink(missing_ok=True)
+        began = time.monotonic()
+        try:
+            line, ok = PARTS[name](), True
+        except (Failed, subprocess.TimeoutExpired, OSError, StopIteration) as error:
+            line, ok = f"{type(error).__name__}: {error}", False
+        results.append((name, ok, time.monotonic() - began))
+        print(f"  {'ok' if ok else 'FAILED'} {results[-1][2]:.0f} s  {line}\n", flush=True)
+    print("\n".join(f"{name:<14} {'ok' if ok else 'FAILED':<7} {seconds:6.0f} s" for name, ok, seconds in results))
+    failed = sum(not ok for _, ok, _ in results)
+    print(f"{time.monotonic() - start:.0f} s in all")
+    print(f"check: {len(results) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
