@@ -1,9 +1,11 @@
 """sana_ext: fast kernels for SANA, and a drop-in backend for diffusers.
 
-Importing loads torch and nothing heavier. Compiled kernels are used where they exist; ``python -m sana_ext`` tells which.
+Importing loads torch and nothing heavier. Compiled kernels are used where they exist; ``python -m sana_ext`` tells
+which.
 """
 
 from . import _extension, reference
+from ._info import kernel_info
 from .ops import (
     _arithmetic,
     cross_attention,
@@ -27,6 +29,7 @@ __all__ = [
     "dwconv_glu",
     "gated_residual",
     "glumbconv",
+    "kernel_info",
     "linear",
     "linear_attention",
     "linear_attention_qkv",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-import importlib.util
 import os
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 
-#: Instruction set levels that SANA_EXT_CPU_ISA may name, in rising order per architecture.
+#: Instruction set levels that SANA_EXT_CPU_ISA may name: x86-64's in rising order, and AArch64's only one.
 ISA_LEVELS = ("baseline", "avx2", "avx512", "neon")
 
 
@@ -26,16 +27,24 @@ class Library:
 
 
 _libraries: dict[str, Library] = {}
+_isa: tuple[str | None, str | None] = (None, None)  # in use, best
 
 
 def load() -> None:
     """Loads the libraries that belong to this torch; called once by ``import sana_ext``."""
+    global _isa
     wanted = os.environ.get("SANA_EXT_CPU_ISA", "")
     if wanted and wanted not in ISA_LEVELS:
         raise ValueError(f"SANA_EXT_CPU_ISA={wanted!r} is not a known level; choose one of {', '.join(ISA_LEVELS)}")
     _libraries["cpu"] = _load("cpu", None)
     without_cuda = None if torch.version.cuda else "this torch is built without CUDA"
     _libraries["cuda"] = _load("cuda", without_cuda)
+    if _libraries["cpu"].loaded:
+        _isa = _isa_levels(_libraries["cpu"].path)
+        if _isa[0] is None:
+            raise ValueError(
+                f"SANA_EXT_CPU_ISA={wanted!r} is not available here; this processor's best level is {_isa[1]!r}"
+            )
 
 
 def _load(device: str, reason_against: str | None) -> Library:
@@ -51,13 +60,39 @@ def _load(device: str, reason_against: str | None) -> Library:
     return Library(device, path, True, "loaded")
 
 
+def _isa_levels(path: Path) -> tuple[str | None, str | None]:
+    library = ctypes.CDLL(str(path))
+    levels = []
+    for function in (library.sana_ext_cpu_isa, library.sana_ext_cpu_best_isa):
+        function.restype = ctypes.c_char_p
+        name = function()
+        levels.append(None if name is None else name.decode())
+    return levels[0], levels[1]
+
+
 def libraries() -> dict[str, Library]:
     """Every compiled library of this installation, loaded or not, with the reason."""
     return dict(_libraries)
 
 
+def isa() -> str | None:
+    """The instruction set level of the CPU kernels in this process; None where they were not built."""
+    return _isa[0]
+
+
+def best_isa() -> str | None:
+    """The best level of this processor; None where the CPU kernels were not built."""
+    return _isa[1]
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a compiled kernel of ``torch.ops.sana_ext.<op>`` is registered for ``cpu`` or ``cuda``."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"sana_ext::{op}", device.upper()))
+
+
 def build_info() -> dict[str, Any] | None:
-    """What the build recorded (compiler, flags, torch, CUDA), or None where the module ``_C`` was not built."""
-    if importlib.util.find_spec("sana_ext._C") is None:
+    """What the build recorded (compiler, torch, nvcc, architectures), or None where the module ``_C`` was not built."""
+    # Only the file beside this one counts: an editable install's finder would offer another copy's.
+    if PathFinder.find_spec("sana_ext._C", [str(Path(__file__).parent)]) is None:
         return None
     return dict(importlib.import_module("sana_ext._C").build_info())

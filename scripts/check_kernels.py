@@ -1,4 +1,4 @@
-"""`make kernels`: compiles every csrc/cuda/kernels/*.cu; fails on spills, registers over the budget, missing machine code.
+"""`make kernels`: compiles every csrc/cuda/kernels/*.cu; fails on spills, registers over budget, missing machine code.
 
 The budget stands in the kernel's header: "// Register budget, checked by `make kernels`: name 40, other_name 64". Every
 kernel must have one. Each object must carry machine code for every architecture of setup.py, and PTX for newer GPUs.

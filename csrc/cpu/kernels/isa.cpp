@@ -64,13 +64,19 @@ const char* isa_name(Isa level) {
 
 }  // namespace sana_ext::cpu
 
-// For Python (sana_ext/_extension.py, through ctypes): the level in use, or nullptr where SANA_EXT_CPU_ISA names one that is
-// not available; and the best one of this processor.
+// For Python (sana_ext/_extension.py, through ctypes).
 #define SANA_EXT_EXPORT extern "C" __attribute__((visibility("default")))
-SANA_EXT_EXPORT const char* sana_ext_cpu_isa();
-SANA_EXT_EXPORT const char* sana_ext_cpu_best_isa();
 
-const char* sana_ext_cpu_isa() try { return sana_ext::cpu::isa_name(sana_ext::cpu::isa()); } catch (...) {
-  return nullptr;
+// The level in use; nullptr where SANA_EXT_CPU_ISA names one that is not available here.
+SANA_EXT_EXPORT const char* sana_ext_cpu_isa() {
+  try {
+    return sana_ext::cpu::isa_name(sana_ext::cpu::isa());
+  } catch (const std::runtime_error&) {
+    return nullptr;
+  }
 }
-const char* sana_ext_cpu_best_isa() { return sana_ext::cpu::isa_name(sana_ext::cpu::best_available()); }
+
+// The best level of this processor.
+SANA_EXT_EXPORT const char* sana_ext_cpu_best_isa() {
+  return sana_ext::cpu::isa_name(sana_ext::cpu::best_available());
+}

@@ -1,0 +1,149 @@
+"""Which implementation answers each op on each device, by which path, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import _extension
+from .ops import __all__ as PUBLIC
+from .ops._arithmetic import UPCAST
+from .ops._library import OPS
+
+DEVICES = ("cpu", "cuda")
+
+#: What runs on every change of the kernels, per instruction set level (`make check`).
+TESTED = {
+    "baseline": "all op tests",
+    "avx2": "all op tests",
+    "avx512": "all op tests, where the processor has it",
+    "neon": "the torch-free kernel tests, under qemu-user; never run on an Arm processor",
+}
+#: Public functions without an op of their own.
+COMPOSED = {"glumbconv": ("linear", "dwconv_glu")}
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One line of :func:`kernel_info`.
+
+    forward, backward: ``compiled`` (a kernel of this package), ``default`` (the reference in plain PyTorch), ``torch``
+    (torch's own op, on purpose) or ``composed`` (of other ops of this package).
+    path: ``tuned``, ``generic``, ``default``, ``torch`` or ``composed``; why: the reason in words.
+    level: instruction set level of a compiled CPU kernel; tested: which runs of that level are recorded.
+    """
+
+    op: str
+    device: str
+    forward: str
+    backward: str
+    path: str
+    why: str
+    level: str | None = None
+    tested: str | None = None
+
+
+class KernelTable(tuple[KernelInfo, ...]):
+    """The lines of :func:`kernel_info`; ``str()`` is a table."""
+
+    def __str__(self) -> str:
+        rows = [("op", "device", "forward", "backward", "path", "why")]
+        rows += [(r.op, r.device, r.forward, r.backward, r.path, r.why) for r in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[5]]).rstrip() for row in rows)
+
+
+def kernel_info(op: str | None = None, **sizes: int) -> KernelTable:
+    """Which implementation answers, per op and device, by which path, and why.
+
+    Args:
+        op: a public op ("linear_attention"); default: all of them.
+        sizes: what the path depends on, in the letters of the docstrings (``D=32``, ``C=2240``); unknown ones are
+            ignored. Without them a path that depends on a size says so.
+
+    Returns:
+        A tuple of :class:`KernelInfo` whose ``str()`` is a readable table.
+
+    Raises:
+        ValueError: an op that does not exist.
+    """
+    if op is not None and op not in PUBLIC:
+        raise ValueError(f"sana_ext.kernel_info: unknown op {op!r}; there is {', '.join(sorted(PUBLIC))}")
+    names = sorted(PUBLIC) if op is None else [op]
+    return KernelTable(_describe(name, device, sizes) for name in names for device in DEVICES)
+
+
+def _describe(op: str, device: str, sizes: dict[str, int]) -> KernelInfo:
+    if op in COMPOSED:
+        return KernelInfo(op, device, "composed", "composed", "composed", f"of {' and '.join(COMPOSED[op])}")
+    if OPS[f"{op}_forward"] == "linear" and (device != "cpu" or not UPCAST):
+        why = "on CUDA torch's own op answers" if device == "cuda" else _native_arithmetic()
+        return KernelInfo(op, device, "torch", "torch", "torch", why)
+    library = _extension.libraries()[device]
+    forward, backward = (
+        "compiled" if _extension.has_kernel(f"{op}_{direction}", device) else "default"
+        for direction in ("forward", "backward")
+    )
+    if "compiled" not in (forward, backward):
+        why = f"no kernel for {device}" if library.loaded else f"libsana_ext_{device}.so: {library.reason}"
+        if OPS[f"{op}_forward"] == "linear":
+            why = "products in fp32 through torch: this processor has no 16-bit arithmetic"
+        return KernelInfo(op, device, forward, backward, "default", why)
+    level = _extension.isa() if device == "cpu" else None
+    path, why = PATHS.get((op, device), _one_path)(sizes)
+    tested = TESTED.get(level, "untested") if level else None
+    return KernelInfo(op, device, forward, backward, path, f"{level}: {why}" if level else why, level, tested)
+
+
+def _native_arithmetic() -> str:
+    if not _extension.libraries()["cpu"].loaded:
+        return "without the compiled library torch's own op answers"
+    return "this processor has 16-bit arithmetic: torch's own op answers"
+
+
+# Paths of the compiled kernels, as their dispatch in csrc decides.
+
+
+def _one_path(sizes: dict[str, int]) -> tuple[str, str]:
+    return "tuned", "one path for every shape"
+
+
+def _norm_modulate_cuda(sizes: dict[str, int]) -> tuple[str, str]:
+    return _by_size(sizes, "C", lambda c: c <= 8192, "rows of up to 8192 channels stay in shared memory")
+
+
+def _by_size(sizes: dict[str, int], name: str, tuned: Callable[[int], bool], rule: str) -> tuple[str, str]:
+    if name not in sizes:
+        return f"by {name}", f"tuned: {rule}; else generic"
+    return ("tuned" if tuned(sizes[name]) else "generic"), f"{name}={sizes[name]}; {rule}"
+
+
+PATHS: dict[tuple[str, str], Callable[[dict[str, int]], tuple[str, str]]] = {
+    ("norm_modulate", "cuda"): _norm_modulate_cuda,
+}
+
+
+def cpu_level() -> str:
+    """One line on the instruction set level."""
+    level = _extension.isa()
+    if level is None:
+        return "CPU kernels: not built"
+    return (
+        f"CPU kernels: {level} (best here: {_extension.best_isa()}; SANA_EXT_CPU_ISA chooses); "
+        f"tested with this level: {TESTED.get(level, 'nothing')}"
+    )
+
+
+def arithmetic() -> str:
+    """One line on who multiplies 16-bit matrices on the CPU."""
+    if not UPCAST:
+        return "16-bit matrix products on the CPU: torch's own"
+    names = ", ".join(sorted(str(d).removeprefix("torch.") for d in UPCAST))
+    return f"16-bit matrix products on the CPU: {names} in fp32 arithmetic (no such instructions here)"
+
+
+def torch_line() -> str:
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"torch {torch.__version__}, {cuda}, {torch.get_num_threads()} CPU threads"

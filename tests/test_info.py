@@ -1,0 +1,93 @@
+"""kernel_info and ``python -m sana_ext``."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sana_ext
+from sana_ext import _extension, _info, _selftest
+from sana_ext.ops import __all__ as PUBLIC
+
+needs_cpu_library = pytest.mark.skipif(not _extension.libraries()["cpu"].loaded, reason="the CPU library is not built")
+
+
+def test_every_public_op_has_a_line_per_device():
+    table = sana_ext.kernel_info()
+    assert {(info.op, info.device) for info in table} == {(op, device) for op in PUBLIC for device in ("cpu", "cuda")}
+    assert all(info.why for info in table)
+    text = str(table)
+    assert all(op in text for op in PUBLIC)
+
+
+@needs_cpu_library
+def test_compiled_kernel_names_level_and_its_tests():
+    info, cuda = sana_ext.kernel_info("norm_modulate")
+    assert (info.forward, info.backward, info.path) == ("compiled", "compiled", "tuned")
+    assert info.level == _extension.isa()
+    assert info.tested == _info.TESTED[info.level]
+    assert cuda.level is None
+
+
+def test_unknown_op():
+    with pytest.raises(ValueError, match="unknown op 'softmax'; there is cross_attention"):
+        sana_ext.kernel_info("softmax")
+
+
+def test_cuda_path_depends_on_the_size(monkeypatch):
+    monkeypatch.setattr(_extension, "has_kernel", lambda op, device: device == "cuda" and op == "norm_modulate_forward")
+    of = lambda **sizes: sana_ext.kernel_info("norm_modulate", **sizes)[1]  # noqa: E731
+    assert (of().forward, of().backward, of().path) == ("compiled", "default", "by C")
+    assert of(C=8192).path == "tuned"
+    assert of(C=8193).path == "generic"
+
+
+def test_composed_op_names_its_parts():
+    assert "linear and dwconv_glu" in sana_ext.kernel_info("glumbconv")[0].why
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+@pytest.mark.parametrize("dtype", _selftest.DTYPES, ids=str)
+def test_self_test_passes(op, dtype):
+    outcome = _selftest.check_op(op, "cpu", dtype)
+    assert outcome.ok, outcome
+
+
+def test_self_test_sees_a_wrong_result(monkeypatch):
+    right = sana_ext.norm_modulate
+    monkeypatch.setattr(sana_ext, "norm_modulate", lambda x, shift, scale: right(x, shift, scale) * 1.0001)
+    outcome = _selftest.check_op("norm_modulate", "cpu", torch.float32)
+    assert not outcome.ok
+    monkeypatch.setattr(sana_ext, "norm_modulate", lambda x, shift, scale: right(x, shift, scale) * float("nan"))
+    assert not _selftest.check_op("norm_modulate", "cpu", torch.float32).ok
+    monkeypatch.delattr(sana_ext, "norm_modulate")
+    assert "AttributeError" in _selftest.check_op("norm_modulate", "cpu", torch.float32).worst
+
+
+def command(*prefix, **env):
+    root = str(Path(sana_ext.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, **env}
+    return subprocess.run([sys.executable, *prefix], env=environment, capture_output=True, text=True)
+
+
+def test_command_line():
+    result = command("-m", "sana_ext")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for text in (sana_ext.__version__, torch.__version__, "libsana_ext_cpu.so", "norm_modulate", "self-test:"):
+        assert text in result.stdout
+    assert f"self-test: {len(PUBLIC)} ops on " in result.stdout.splitlines()[-1]
+
+
+def test_command_line_fails_when_an_op_is_wrong():
+    code = (
+        "import sys, sana_ext, sana_ext.__main__ as main\n"
+        "right = sana_ext.gated_residual; sana_ext.gated_residual = lambda x, y, gate: right(x, y, gate) + 1\n"
+        "sys.exit(main.main())"
+    )
+    result = command("-c", code)
+    assert result.returncode == 1
+    assert "self-test FAILED: gated_residual on cpu, float32: output 0: error" in result.stdout
+    assert "3 of" in result.stdout.splitlines()[-1]
