@@ -197,14 +197,16 @@ def _context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _autograd(ctx: Any, dout: Tensor, _state: Any, _rstd_q: Any, _rstd_k: Any) -> Any:
-    wq, wk = ctx.saved_tensors[3:5]
-    dq, dk, dv, dwq, dwk = _op.linear_attention_backward(dout, *ctx.saved_tensors, ctx.eps)
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them at the first access
+    wq, wk = saved[3:5]
+    dq, dk, dv, dwq, dwk = _op.linear_attention_backward(dout, *saved, ctx.eps)
     return dq, dk, dv, None if wq is None else dwq, None if wk is None else dwk, None, None
 
 
 def _qkv_autograd(ctx: Any, dout: Tensor, _state: Any, _rstd_q: Any, _rstd_k: Any) -> Any:
-    wq, wk = ctx.saved_tensors[1:3]
-    dqkv, dwq, dwk = _op.linear_attention_qkv_backward(dout, *ctx.saved_tensors, ctx.eps)
+    saved = ctx.saved_tensors
+    wq, wk = saved[1:3]
+    dqkv, dwq, dwk = _op.linear_attention_qkv_backward(dout, *saved, ctx.eps)
     return dqkv, None, None if wq is None else dwq, None if wk is None else dwk, None, None
 
 

@@ -195,8 +195,8 @@ def _residual_norm_modulate_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _residual_norm_modulate_autograd(ctx: Any, dz: torch.Tensor, dn: torch.Tensor, _mean: Any, _rstd: Any) -> Any:
-    gate = ctx.saved_tensors[2]
-    dx, dy, dgate, dshift, dscale = _op.residual_norm_modulate_backward(dz, dn, *ctx.saved_tensors)
+    z, y, gate, scale, mean, rstd = ctx.saved_tensors  # once: checkpointing recomputes them at the first access
+    dx, dy, dgate, dshift, dscale = _op.residual_norm_modulate_backward(dz, dn, z, y, gate, scale, mean, rstd)
     return dx, dy, None if gate is None else dgate, dshift, dscale, None, None
 
 
