@@ -207,12 +207,19 @@ def ninja_file(targets, plan):
         includes = f"-isystem {pybind11.get_include()} -isystem {python_header().parent}"
         compile("_C", ROOT / "csrc/bindings.cpp", f"{common} {includes} {macros}")
     torch_libs = f"-L{torch}/lib -ltorch_cpu"
-    # The wheels keep the static runtime in lib/, where their nvcc does not look.
-    cuda_libs = f"-L{Path(plan.nvcc).parent.parent}/lib {torch_libs}" if plan.nvcc else ""
-    libs = {"_C": "", "libsana_ext_cpu": torch_libs, "libsana_ext_cuda": cuda_libs}
+    libs = {"_C": "", "libsana_ext_cpu": torch_libs}
+    stub = ""
+    if "libsana_ext_cuda" in targets:
+        # The library must ask for libtorch_cuda.so, and a CPU torch has none to link with: a stub of that name does.
+        stub = "stubs/libtorch_cuda.so"
+        function = "void aoti_torch_get_current_cuda_stream(void) {}"
+        shared = "-shared -fPIC -Wl,-soname,libtorch_cuda.so"
+        lines.append(f"rule stub\n  command = echo '{function}' | {cxx} -x c - {shared} -o $out\nbuild {stub}: stub")
+        # The wheels keep the static runtime in lib/, where their nvcc does not look.
+        libs["libsana_ext_cuda"] = f"-Lstubs -ltorch_cuda -L{Path(plan.nvcc).parent.parent}/lib {torch_libs}"
     for name, path in targets.items():
-        rule = "nvcclink" if name == "libsana_ext_cuda" else "link"
-        lines.append(f"build {path}: {rule} {' '.join(objects[name])}\n  libs = {libs[name]}")
+        rule, after = ("nvcclink", f" | {stub}") if name == "libsana_ext_cuda" else ("link", "")
+        lines.append(f"build {path}: {rule} {' '.join(objects[name])}{after}\n  libs = {libs[name]}")
     return "\n".join(lines) + "\n"
 
 

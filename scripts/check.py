@@ -124,6 +124,8 @@ def venv(folder: Path, packages: list[str], shares: bool = False) -> Path:
         if packages:
             run([folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "install", "-q", *packages])
         if shares:
+            # Python 3.11's venv brings an old setuptools of its own, which would hide the shared one.
+            run([folder / "bin/python", "-m", "pip", "uninstall", "-q", "-y", "setuptools"])
             purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
             theirs = run([folder / "bin/python", "-c", purelib]).strip()
             Path(theirs, "shared.pth").write_text(run([PYTHON, "-c", purelib]))
@@ -198,9 +200,10 @@ def isa_avx2() -> str:
 def nvcc_wheels() -> str:
     """the CUDA library built by the nvcc of the extra [nvcc], with no other nvcc in sight"""
     extra = (
-        "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['nvcc'])"
+        "import importlib.metadata as m; print('\\n'.join(r for r in m.requires('sana-ext') if r.endswith('\"nvcc\"')))"
     )
-    python = venv(ROOT / ".venv-nvcc", run([PYTHON, "-c", extra]).split(), shares=True)
+    requirements = [line.split(";")[0].strip() for line in run([PYTHON, "-c", extra]).splitlines()]
+    python = venv(ROOT / ".venv-nvcc", requirements, shares=True)
     folders = [f for f in os.environ["PATH"].split(os.pathsep) if not os.access(Path(f) / "nvcc", os.X_OK)]
     env = {"PATH": os.pathsep.join(folders), "CUDA_HOME": "", "CUDA_PATH": "", "SANA_EXT_BUILD": "cuda"}
     target = OUT / "nvcc-wheels"
