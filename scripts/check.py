@@ -26,7 +26,10 @@ OUT = ROOT / "build/check"
 BIN = ROOT / os.environ.get("VENV", ".venv") / "bin"
 PYTHON = str(BIN / "python")
 SECOND_TORCH = os.environ.get("SECOND_TORCH", "2.14.1")
-SECOND_TORCH_TOOLS = ["numpy", "pytest", "hypothesis", "setuptools>=77", "ninja", "pybind11>=2.12"]
+SECOND_TORCH_TOOLS = [
+    *"numpy pytest hypothesis ninja pybind11 diffusers transformers accelerate peft".split(),
+    "setuptools>=77",
+]
 LIMIT_SECONDS = 3600  # of one command
 # What makes torch's own kernels choose as on a processor without AVX-512, beside our SANA_EXT_CPU_ISA.
 AVX2 = {
