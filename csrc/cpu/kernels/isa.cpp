@@ -6,6 +6,8 @@
 #include <string>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace sana_ext::cpu {
@@ -60,6 +62,23 @@ const char* isa_name(Isa level) {
       return "baseline";
 #endif
   }
+}
+
+bool has_native_arithmetic(Dtype dtype) {
+  if (dtype != Dtype::kBFloat16 && dtype != Dtype::kFloat16) return true;
+#if defined(__x86_64__)
+  // Every processor with AMX has the AVX-512 instructions too. CPUID leaf 7: subleaf 0 EDX[23] fp16, subleaf 1 EAX[5]
+  // bf16.
+  if (isa() != Isa::kAvx512) return false;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (dtype == Dtype::kFloat16) return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 23 & 1);
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+#elif defined(__aarch64__) && defined(__linux__)
+  if (dtype == Dtype::kFloat16) return getauxval(AT_HWCAP) >> 10 & 1;  // HWCAP_ASIMDHP
+  return getauxval(AT_HWCAP2) >> 14 & 1;                               // HWCAP2_BF16
+#else
+  return true;  // unknown processor: torch's own
+#endif
 }
 
 }  // namespace sana_ext::cpu

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../../common/dtype.h"
+
 namespace sana_ext::cpu {
 
 // Levels in rising order. On x86-64: baseline (SSE2), avx2 (+FMA+F16C), avx512 (F+BW+DQ+VL). On AArch64 the only level is NEON.
@@ -12,6 +14,10 @@ enum class Isa : int { kBaseline, kAvx2, kAvx512 };
 // unavailable name throws std::runtime_error). Read once.
 Isa isa();
 const char* isa_name(Isa level);
+
+// Whether this processor multiplies matrices of a 16-bit type in that type (avx512_bf16 or AMX, avx512_fp16, the bf16 and
+// fp16 instructions of AArch64), so that torch's own product is the fast one. A forced level below AVX-512 has none.
+bool has_native_arithmetic(Dtype dtype);
 
 }  // namespace sana_ext::cpu
 
