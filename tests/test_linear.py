@@ -52,7 +52,7 @@ def maker(rows, K, F_, bias=True, conv=False):
     return make
 
 
-SHAPES = [  # rows, K, F: single elements, odd sizes, few rows, several panels, empty
+SHAPES = [  # rows, K, F: single elements, odd sizes, few and many rows, several panels, empty
     ((1,), 1, 1),
     ((2, 3), 1, 5),
     ((7,), 33, 1),
@@ -62,7 +62,8 @@ SHAPES = [  # rows, K, F: single elements, odd sizes, few rows, several panels, 
     ((2, 70), 64, 1500),
     ((0, 4), 8, 6),
     ((4,), 8, 0),
-    ((2, 600), 80, 96),
+    ((2, 600), 80, 600),
+    ((35,), 1100, 20),
 ]
 
 
