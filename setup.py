@@ -201,6 +201,7 @@ def ninja_file(targets, plan):
             "TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
             "LIBRARIES": " ".join(plan.libraries),
             "NVCC": plan.nvcc or "",
+            "CUDA": ".".join(map(str, nvcc_version(plan.nvcc))) if plan.nvcc else "",
             "CUDA_ARCHITECTURES": " ".join(CUDA_ARCHITECTURES) if plan.nvcc else "",
         }
         macros = " ".join(f"-DSANA_EXT_{k}='\"{v}\"'" for k, v in facts.items())

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
     info["torch_target"] = SANA_EXT_TORCH_TARGET;
     info["libraries"] = SANA_EXT_LIBRARIES;
     info["nvcc"] = SANA_EXT_NVCC;
+    info["cuda"] = SANA_EXT_CUDA;
     info["cuda_architectures"] = SANA_EXT_CUDA_ARCHITECTURES;
     return info;
   });

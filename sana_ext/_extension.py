@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -36,9 +37,8 @@ def load() -> None:
     wanted = os.environ.get("SANA_EXT_CPU_ISA", "")
     if wanted and wanted not in ISA_LEVELS:
         raise ValueError(f"SANA_EXT_CPU_ISA={wanted!r} is not a known level; choose one of {', '.join(ISA_LEVELS)}")
-    _libraries["cpu"] = _load("cpu", None)
-    without_cuda = None if torch.version.cuda else "this torch is built without CUDA"
-    _libraries["cuda"] = _load("cuda", without_cuda)
+    for device, why_not in (("cpu", None), ("cuda", _why_no_cuda)):
+        _libraries[device] = _load(device, why_not)
     if _libraries["cpu"].loaded:
         _isa = _isa_levels(_libraries["cpu"].path)
         if _isa[0] is None:
@@ -47,12 +47,21 @@ def load() -> None:
             )
 
 
-def _load(device: str, reason_against: str | None) -> Library:
+def _why_no_cuda() -> str | None:
+    if not torch.version.cuda:
+        return "this torch is built without CUDA"
+    built = (build_info() or {}).get("cuda", "")
+    if built and built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"built with CUDA {built}, this torch uses CUDA {torch.version.cuda}"
+    return None
+
+
+def _load(device: str, why_not: Callable[[], str | None] | None) -> Library:
     path = Path(__file__).parent / f"libsana_ext_{device}.so"
     if not path.exists():
         return Library(device, path, False, "not built")
-    if reason_against:
-        return Library(device, path, False, reason_against)
+    if why_not and (reason := why_not()):
+        return Library(device, path, False, reason)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

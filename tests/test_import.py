@@ -136,3 +136,15 @@ def test_level_can_be_chosen():
     lowest = "neon" if _extension.best_isa() == "neon" else "baseline"
     result = python("import sana_ext; print(sana_ext._extension.isa())", SANA_EXT_CPU_ISA=lowest)
     assert result.stdout.strip() == lowest
+
+
+def test_cuda_library_is_loaded_only_by_its_own_cuda(monkeypatch):
+    for built, torchs, expected in (
+        ("13.0", "13.2", None),
+        ("13.0", "12.8", "built with CUDA 13.0, this torch uses CUDA 12.8"),
+        ("", "13.0", None),
+        ("13.0", None, "this torch is built without CUDA"),
+    ):
+        monkeypatch.setattr(_extension, "build_info", lambda built=built: {"cuda": built})
+        monkeypatch.setattr(torch.version, "cuda", torchs)
+        assert _extension._why_no_cuda() == expected
