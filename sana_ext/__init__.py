@@ -4,7 +4,7 @@ Importing loads torch and nothing heavier. Compiled kernels are used where they 
 which.
 """
 
-from . import _extension, reference
+from . import _extension, nn, reference
 from ._info import kernel_info
 from .ops import (
     _arithmetic,
@@ -18,6 +18,7 @@ from .ops import (
     norm_modulate,
     residual_norm_modulate,
 )
+from .patch import patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,10 @@ __all__ = [
     "linear",
     "linear_attention",
     "linear_attention_qkv",
+    "nn",
     "norm_modulate",
+    "patch",
     "reference",
     "residual_norm_modulate",
+    "unpatch",
 ]

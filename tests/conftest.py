@@ -19,3 +19,21 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fused_parts(monkeypatch):
+    """Where a kernel is not compiled, its op's PyTorch kernel stands in: the fused path is tested everywhere."""
+    from sana_ext import _guards
+
+    every = {("cpu", gradients): tuple(_guards.KERNELS) for gradients in (False, True)}
+    monkeypatch.setattr(_guards, "find_kernels", lambda: _guards.compiled_parts.update(every))
+
+
+@pytest.fixture
+def one_thread():
+    """Small models are faster on one thread, the more so beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -33,21 +33,20 @@ def outputs_and_gradients(
     return {f"out{i}": o.detach() for i, o in enumerate(outs)} | {f"d{k}": g for k, g in zip(given, grads)}
 
 
-def assert_matches(
+def pooled_runs(
     op: Callable[..., Any],
     reference: Callable[..., Any],
     make: Make,
     dtype: torch.dtype | dict[str, torch.dtype],
-) -> None:
-    """err(ours) <= 2 * err(reference run in that dtype) + 4 eps32 * max|truth|, for outputs and every gradient by name.
+    seeds: int = 5,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(ours, the reference in that dtype, truth) in fp64, for outputs and every gradient by name.
 
-    Truth is the reference in fp64 on the same (rounded) inputs; err is the max-abs and the RMS error, both must hold.
-    Tensors of fewer than 1,000 elements pool over 5 seeds. fp64 agrees to 1e-12 of the larger of 1 and the largest value. bf16 gradients also keep
-    a relative L2 error below 1e-2.
+    Truth is the reference in fp64 on the same (rounded) inputs. Results are flat; where one has fewer than 1,000 elements,
+    all pool over `seeds` runs.
     """
-    pooled: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
-    low = {}
-    for seed in range(5):
+    runs: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+    for seed in range(seeds):
         inputs = make(seed)
         of = (lambda k: dtype) if isinstance(dtype, torch.dtype) else (lambda k: dtype[k])
         low = {k: None if v is None else v.to(of(k)) for k, v in inputs.items()}
@@ -57,24 +56,51 @@ def assert_matches(
         for name, t in truth.items():
             assert ours[name].shape == t.shape, f"{name}: shape {list(ours[name].shape)}, expected {list(t.shape)}"
             assert ours[name].dtype == peer[name].dtype, f"{name}: {ours[name].dtype}, reference {peer[name].dtype}"
-            pooled.setdefault(name, []).append((ours[name].double(), peer[name].double(), t))
+            runs.setdefault(name, []).append((ours[name].double(), peer[name].double(), t))
         if min(t.numel() for t in truth.values()) >= 1000:
             break
-    all_fp64 = all(v is None or v.dtype == torch.float64 for v in low.values())
-    for name, runs in pooled.items():
-        ours_, peer_, truth_ = (torch.cat([run[i].flatten() for run in runs]) for i in range(3))
-        if truth_.numel() == 0:
-            continue
-        assert torch.isfinite(ours_).all() or not torch.isfinite(truth_).all(), f"{name}: not finite"
-        largest = truth_.abs().max().item()
-        for kind, err in (("max", lambda e: e.abs().max().item()), ("rms", lambda e: e.pow(2).mean().sqrt().item())):
-            error, allowed = err(ours_ - truth_), 2 * err(peer_ - truth_) + 4 * EPS32 * largest
+    pooled = {}
+    for name, triples in runs.items():
+        ours_, peer_, truth_ = (torch.cat([triple[i].flatten() for triple in triples]) for i in range(3))
+        if truth_.numel():
+            assert torch.isfinite(ours_).all() or not torch.isfinite(truth_).all(), f"{name}: not finite"
+            pooled[name] = ours_, peer_, truth_
+    return pooled
+
+
+def assert_matches(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    make: Make,
+    dtype: torch.dtype | dict[str, torch.dtype],
+    seeds: int = 5,
+) -> None:
+    """err(ours) <= 2 * err(reference run in that dtype) + 4 eps32 * max|truth|, for outputs and every gradient by name.
+
+    err is the max-abs and the RMS error, both must hold. fp64 agrees to 1e-12 of the larger of 1 and the largest value.
+    bf16 gradients also keep a relative L2 error below 1e-2.
+    """
+    of = (lambda k: dtype) if isinstance(dtype, torch.dtype) else dtype.get
+    given = [name for name, value in make(0).items() if value is not None]
+    all_fp64 = all(of(name) == torch.float64 for name in given)
+    for name, (ours, peer, truth) in pooled_runs(op, reference, make, dtype, seeds).items():
+        largest = truth.abs().max().item()
+        for kind, err in (("max", max_abs), ("rms", rms)):
+            error, allowed = err(ours - truth), 2 * err(peer - truth) + 4 * EPS32 * largest
             if all_fp64:
                 allowed = 1e-12 * max(largest, 1.0)
             assert error <= allowed, f"{name}: {kind} error {error:.3e} > {allowed:.3e} (largest value {largest:.3e})"
-        if name.startswith("d") and runs[0][0].numel() and low.get(name[1:]) is not None and low[name[1:]].dtype == torch.bfloat16:
-            l2 = ((ours_ - truth_).norm() / truth_.norm().clamp_min(1e-30)).item()
+        if name[1:] in given and of(name[1:]) == torch.bfloat16:
+            l2 = ((ours - truth).norm() / truth.norm().clamp_min(1e-30)).item()
             assert l2 < 1e-2, f"{name}: relative L2 error {l2:.3e}"
+
+
+def max_abs(error: torch.Tensor) -> float:
+    return error.abs().max().item()
+
+
+def rms(error: torch.Tensor) -> float:
+    return error.pow(2).mean().sqrt().item()
 
 
 def gradcheck(fn: Callable[..., Any], inputs: Sequence[torch.Tensor | None]) -> None:

@@ -1,0 +1,227 @@
+"""patch, unpatch: the fused path inside a stock diffusers SANA model, in place and reversibly.
+
+A block keeps its object, its parameters and their names; only its class changes, to one that inherits from the stock
+class and overrides forward. What patch decides here is reported; what changes later (LoRA, hooks, processors, devices)
+is decided again at every call, by the same guards.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _extension
+from . import _guards as guards
+from ._block import FusedBlock, fused_forward, names_of
+
+BLOCK = ("diffusers.models.transformers.sana_transformer", "SanaTransformerBlock")
+COMPONENTS = ("transformer", "controlnet")
+
+
+@dataclass
+class Report:
+    """What `patch` did: `replaced`, the names of the blocks on the fused path, and `skipped`, name -> reason.
+
+    A name in `skipped` is a block that keeps diffusers' code, or a part of a replaced block (its attention, its FFN,
+    one of its layers) that is called as the module it is while the rest of the block is fused.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    blocks: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"sana_ext.patch: {len(self.replaced)} of {self.blocks} blocks replaced"]
+        grouped: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            grouped.setdefault(reason, []).append(name or "model")
+        for reason, names in grouped.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            lines.append(f"  kept as it is: {shown}: {reason}")
+        return "\n".join(lines)
+
+
+def patch(model_or_pipeline: Any, *, cuda_graph: bool = False, cache_text: bool = False) -> Report:
+    """Lets compiled kernels compute the blocks of a diffusers SANA model, in place, with the same results.
+
+    Parameter names, saving and loading, deepcopy, gradient checkpointing, torch.compile, LoRA, hooks, offloading and
+    foreign attention processors keep working: what the fused code cannot serve is called as diffusers would call it.
+    Weights are read at every call, so nothing goes stale. Patching twice changes nothing. A pickled model
+    (``torch.save(model)``) is a stock model; a state dict is the same either way.
+
+    Args:
+        model_or_pipeline: a ``SanaTransformer2DModel``, a ``SanaControlNetModel``, any ``torch.nn.Module`` that
+            contains their blocks, or a diffusers pipeline (its transformer and ControlNet are patched). Move it to its
+            device first.
+        cuda_graph, cache_text: not available in this version; only False is accepted.
+
+    Returns:
+        A `Report`. ``print(report)`` says what was replaced and, for the rest, why not.
+
+    Raises:
+        TypeError: neither a module nor a pipeline with a transformer.
+        ValueError: an option that cannot be met.
+
+    Source: diffusers ``SanaTransformerBlock``; SANA, arXiv:2410.10629.
+    """
+    models = _models("patch", model_or_pipeline)
+    for name, value in (("cuda_graph", cuda_graph), ("cache_text", cache_text)):
+        if not isinstance(value, bool):
+            raise TypeError(f"sana_ext.patch: {name} must be True or False, got {value!r}")
+    if cuda_graph:
+        devices = {str(p.device) for _, model in models for p in model.parameters()}
+        where = ", ".join(sorted(devices))
+        raise ValueError(
+            "sana_ext.patch: cuda_graph=True is not available in this version, and needs a CUDA model; "
+            f"this one is on {where}"
+        )
+    if cache_text:
+        raise ValueError("sana_ext.patch: cache_text=True is not available in this version; pass cache_text=False")
+    guards.find_kernels()
+    report = Report()
+    for prefix, model in models:
+        for name, module in model.named_modules(prefix=prefix):
+            stock = _stock_class(type(module))
+            if stock is not None:
+                report.blocks += 1
+                _patch_block(name, module, stock, report)
+    if not report.blocks:
+        report.skipped[""] = f"no {BLOCK[1]} of diffusers in {type(model_or_pipeline).__name__}"
+    return report
+
+
+def unpatch(model_or_pipeline: Any) -> int:
+    """Gives every block its own class back.
+
+    Args:
+        model_or_pipeline: what `patch` takes.
+
+    Returns:
+        The number of blocks that were restored.
+
+    Raises:
+        TypeError: neither a module nor a pipeline with a transformer.
+        RuntimeError: a block's class was changed again after `patch` (FSDP's fully_shard), so it cannot be restored.
+    """
+    restored = 0
+    for prefix, model in _models("unpatch", model_or_pipeline):
+        for name, module in model.named_modules(prefix=prefix):
+            if not isinstance(module, FusedBlock):
+                continue
+            if "_sana_ext_stock" not in vars(type(module)):
+                raise RuntimeError(
+                    f"sana_ext.unpatch: {name} has the class {type(module).__name__}, "
+                    "made after patch by other code; undo that first"
+                )
+            module.__class__ = module._sana_ext_stock
+            restored += 1
+    return restored
+
+
+def _models(op: str, given: Any) -> list[tuple[str, nn.Module]]:
+    if isinstance(given, nn.Module):
+        return [("", given)]
+    found = [(name, getattr(given, name, None)) for name in COMPONENTS]
+    models = [(name, model) for name, model in found if isinstance(model, nn.Module)]
+    if isinstance(given, type) or not models:
+        raise TypeError(
+            f"sana_ext.{op}: expected a torch.nn.Module or a diffusers pipeline with a transformer, "
+            f"got {type(given).__name__}"
+        )
+    return models
+
+
+def _stock_class(cls: type) -> type | None:
+    """diffusers' block class, if cls is it or inherits from it."""
+    return next((c for c in cls.__mro__ if (c.__module__, c.__name__) == BLOCK), None)
+
+
+def _patch_block(name: str, block: nn.Module, stock: type, report: Report) -> None:
+    if not isinstance(block, FusedBlock):
+        reason = _refusal(block, stock)
+        if reason:
+            report.skipped[name] = reason
+            return
+        cls: Any = type(block)
+        block.__class__ = _fused_class(cls, stock)
+    report.replaced.append(name or type(block).__name__)
+    _note_parts(name, block, names_of(stock), report)
+
+
+def _refusal(block: nn.Module, stock: type) -> str | None:
+    if "forward" in vars(block):
+        return (
+            "its forward was replaced on the instance (an offloading, caching or casting hook, or what a removed one "
+            "left), so a new class would never be called; patch before adding hooks"
+        )
+    if type(block).forward is not stock.forward:  # type: ignore[attr-defined]
+        return f"{type(block).__name__} overrides forward"
+    if getattr(block, "attn2", None) is None:
+        return "it has no cross-attention"
+    operand, parts = _operand(block)
+    if not parts:
+        library = _extension.libraries().get(operand.device.type)
+        why = f" (library {library.reason})" if library else ""
+        return f"no compiled kernel answers on {operand.device.type}{why}"
+    return guards.block_reason(block, block.scale_shift_table[None], operand, parts) or _disagreement(stock)
+
+
+def _operand(block: Any) -> tuple[guards.Operand, tuple[str, ...]]:
+    table = block.scale_shift_table
+    return guards.Operand(table.device, table.dtype, None), guards.compiled_parts.get((table.device.type, False), ())
+
+
+def _note_parts(name: str, block: Any, names: Any, report: Report) -> None:
+    """Which parts and layers of a replaced block keep diffusers' code as things stand."""
+    operand, parts = _operand(block)
+    plan = guards.plan(block, names, operand, parts)
+    for part, reason in zip(plan._fields, plan):
+        if reason:
+            report.skipped[f"{name}.{part}"] = reason
+        elif part.startswith("attn"):
+            attn = getattr(block, part)
+            for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+                if reason := guards.leaf_reason(attn.get_submodule(layer), nn.Linear, operand):
+                    report.skipped[f"{name}.{part}.{layer}"] = reason
+
+
+@functools.cache
+def _fused_class(cls: Any, stock: Any) -> type:
+    """cls with the fused forward in front; its name stays: diffusers and accelerate match blocks by class name."""
+    members = {"_sana_ext_stock": cls, "_sana_ext_names": names_of(stock), "__module__": __name__}
+    return type(cls.__name__, (FusedBlock, cls), members)
+
+
+@functools.cache
+def _disagreement(stock: Any) -> str | None:
+    """Whether this diffusers' block computes what the fused code computes: both run once on a block of 8 channels.
+
+    A later diffusers may change its block; then the stock code stays in charge, instead of an old formula.
+    """
+    names = names_of(stock)
+    try:
+        quiet = (torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False))
+        with torch.device("cpu"), quiet[0], quiet[1], quiet[2]:
+            torch.manual_seed(0)
+            block = stock(8, 2, 4, 0.0, 2, 4, 8, qk_norm="rms_norm_across_heads").float().eval()
+            x, text, timestep = (torch.randn(size, dtype=torch.float32) for size in ((1, 6, 8), (1, 3, 8), (1, 48)))
+            mask = torch.tensor([[[0.0, 0.0, -10000.0]]], dtype=torch.float32)
+            expected = block(x, None, text, mask, timestep, 2, 3)
+            operand = guards.Operand(x.device, x.dtype, None)
+            plan = guards.plan(block, names, operand, ("norms", "attn1", "ff"))
+            got = fused_forward(block, plan, operand, x, text, mask, timestep, 2, 3)
+            off = (got - expected).abs().max().item()
+    except Exception as error:  # whatever it is, the stock code must go on working
+        return f"the check against {_version()} failed: {type(error).__name__}: {error}"
+    if any(plan) or not off <= 1e-4:
+        return f"{_version()} computes something else than this version of sana_ext (difference {off:.1e})"
+    return None
+
+
+def _version() -> str:
+    return f"diffusers {getattr(sys.modules.get('diffusers'), '__version__', 'of unknown version')}"
