@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,15 +59,33 @@ def test_import_time_is_torchs():
     assert added < before / 10
 
 
+FAMILIES = ("norm_modulate", "gated_residual", "residual_norm_modulate", "linear")
+
+
 @needs_cpu_library
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("op", ["norm_modulate", "gated_residual", "residual_norm_modulate"])
+@pytest.mark.parametrize("op", FAMILIES)
 def test_the_compiled_kernel_answers_on_the_cpu(op, direction):
-    dump = torch._C._dispatch_dump(f"sana_ext::{op}_{direction}")
-    registered = [line for line in dump.splitlines() if line.startswith("CPU:")]
+    name = f"{op}_{direction}"
+    registered = [line for line in torch._C._dispatch_dump(f"sana_ext::{name}").splitlines() if line.startswith("CPU:")]
     assert len(registered) == 1
-    assert f"csrc/cpu/{OPS[f'{op}_{direction}']}.cpp" in registered[0]
-    assert _extension.has_kernel(f"{op}_{direction}", "cpu")
+    assert f"csrc/cpu/{OPS[name]}.cpp" in registered[0]
+    assert _extension.has_kernel(name, "cpu")
+    assert not _extension.has_kernel(name, "xpu")
+
+
+@needs_cpu_library
+@pytest.mark.skipif(not (PACKAGE.parent / "csrc").exists(), reason="needs the source tree")
+def test_every_registration_of_the_sources_is_in_the_library():
+    for source in (PACKAGE.parent / "csrc/cpu").glob("*.cpp"):
+        for block in re.findall(
+            r"STABLE_TORCH_LIBRARY_IMPL\(sana_ext, (\w+), m\) \{(.*?)^\}", source.read_text(), re.S | re.M
+        ):
+            for name in re.findall(r'm\.impl\("(\w+)"', block[1]):
+                dump = torch._C._dispatch_dump(f"sana_ext::{name}")
+                assert re.search(rf"^{block[0]}:.*csrc/cpu/{source.name}", dump, re.M), (
+                    f"{name} of {source.name}:\n{dump}"
+                )
 
 
 @needs_cpu_library
