@@ -26,10 +26,8 @@ OUT = ROOT / "build/check"
 BIN = ROOT / os.environ.get("VENV", ".venv") / "bin"
 PYTHON = str(BIN / "python")
 SECOND_TORCH = os.environ.get("SECOND_TORCH", "2.14.1")
-SECOND_TORCH_TOOLS = [
-    *"numpy pytest hypothesis ninja pybind11 diffusers transformers accelerate peft".split(),
-    "setuptools>=77",
-]
+SECOND_TORCH_TOOLS = ["numpy", "pytest", "hypothesis", "diffusers", "transformers", "accelerate", "peft"]
+BUILD_TOOLS = ["setuptools>=77", "ninja", "pybind11"]
 LIMIT_SECONDS = 3600  # of one command
 # What makes torch's own kernels choose as on a processor without AVX-512, beside our SANA_EXT_CPU_ISA.
 AVX2 = {
@@ -228,7 +226,7 @@ def kernels() -> str:
 def second_torch() -> str:
     """libraries built with one torch, op tests under another, in both directions"""
     version = "import torch; print(torch.__version__)"
-    other = venv(ROOT / f".venv-torch-{SECOND_TORCH}", [f"torch=={SECOND_TORCH}", *SECOND_TORCH_TOOLS])
+    other = venv(ROOT / f".venv-torch-{SECOND_TORCH}", [f"torch=={SECOND_TORCH}", *SECOND_TORCH_TOOLS, *BUILD_TOOLS])
     first, second = run([PYTHON, "-c", version]).strip(), run([other, "-c", version]).strip()
     back = OUT / "built-by-second-torch"
     run(
