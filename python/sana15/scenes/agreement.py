@@ -1,0 +1,194 @@
+"""How well the checker agrees with the renderer: `python -m sana15.scenes.agreement`.
+
+Half of the pairs show what their prompt asks for; the other half is wrong in exactly one attribute, count or relation.
+`measure(..., transform=f)` puts any function picture batch -> picture batch in between, for example an autoencoder.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import hypot
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checker import Verdict, check_batch
+from .corrupt import KINDS, MALFORMED, malformed_picture, wrong_spec
+from .prompts import parse, wording
+from .render import contact_sheet, render_batch
+from .scene import Scene, sample_scene
+from .training import sample_spec
+from .vocabulary import CATEGORIES, COLOR_NAMES, IMAGE_SIZE, SHAPES
+
+Transform = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+_BATCH = 256
+_BEGIN, _END = "<!-- agreement: written by python -m sana15.scenes.agreement -->", "<!-- end of agreement -->"
+
+
+@dataclass
+class Agreement:
+    """Counts over scene-prompt pairs; the confusion matrices count objects (truth, seen), seen "-" if not found."""
+
+    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)  # (category, kind or "right")
+    errors: Counter[tuple[str, str]] = field(default_factory=Counter)  # the same, where the verdict was wrong
+    shapes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    colors: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def agreement(self) -> float:
+        return 1 - self.errors.total() / self.pairs.total()
+
+    def rate(self, right: bool, category: str | None = None) -> tuple[int, int]:
+        """(wrong verdicts, pairs) of the right or the corrupted pairs, of one category or of all."""
+        keys = [k for k in self.pairs if (k[1] == "right") == right and category in (None, k[0])]
+        return sum(self.errors[k] for k in keys), sum(self.pairs[k] for k in keys)
+
+
+def measure(pairs: int, seed: int = 0, transform: Transform | None = None, rule: str = "strict") -> Agreement:
+    """The agreement over `pairs` pairs, the categories in turn, every other pair corrupted.
+
+    Args:
+        transform: uint8 [B, 64, 64, 3] -> the same, applied to every picture before the checker sees it.
+    """
+    result = Agreement()
+    rng = Random(seed)
+    for start in range(0, pairs, _BATCH):
+        cases = [_pair(number, rng) for number in range(start, min(start + _BATCH, pairs))]
+        pictures = render_batch([scene for _, _, _, scene in cases])
+        verdicts = check_batch(transform(pictures) if transform else pictures, [case[2] for case in cases], rule)
+        for (category, kind, _, scene), verdict in zip(cases, verdicts):
+            result.pairs[category, kind] += 1
+            result.errors[category, kind] += verdict.correct != (kind == "right")
+            _confusions(scene, verdict, result)
+    return result
+
+
+def _pair(number: int, rng: Random) -> tuple[str, str, dict, Scene]:
+    """Category, "right" or the kind of corruption, the prompt's metadata, and the scene."""
+    category = CATEGORIES[number // 2 % len(CATEGORIES)]
+    spec = sample_spec(category, rng)
+    prompt = wording(spec, rng)
+    metadata = parse(prompt).metadata(prompt)
+    if number % 2 == 0:
+        return category, "right", metadata, sample_scene(spec, rng)
+    kinds = KINDS[category]
+    kind = kinds[number // (2 * len(CATEGORIES)) % len(kinds)]
+    return category, kind, metadata, sample_scene(wrong_spec(spec, kind, rng), rng)
+
+
+def _confusions(scene: Scene, verdict: Verdict, result: Agreement) -> None:
+    for truth in scene.objects:
+        seen = [
+            (hypot((o.box[0] + o.box[2]) / 2 - truth.cx, (o.box[1] + o.box[3]) / 2 - truth.cy), o)
+            for o in verdict.objects
+            if o.problem is None
+        ]
+        distance, nearest = min(seen, key=lambda pair: pair[0], default=(float("inf"), None))
+        found = nearest is not None and distance < truth.diameter / 2
+        result.shapes[truth.shape, nearest.shape if found and nearest else "-"] += 1
+        result.colors[truth.color, nearest.color if found and nearest else "-"] += 1
+
+
+def malformed_rejected(count: int, seed: int = 0) -> dict[str, float]:
+    """For each kind of damage the part of `count` damaged pictures that the checker rejects."""
+    rng = Random(seed)
+    rates = {}
+    for kind in MALFORMED:
+        pictures, specs = zip(*(malformed_picture(kind, rng) for _ in range(count)))
+        verdicts = check_batch(np.stack(pictures), [spec.metadata("") for spec in specs])
+        rates[kind] = 1 - sum(verdict.correct for verdict in verdicts) / count
+    return rates
+
+
+def patch_pca(components: int = 16, seed: int = 1) -> Transform:
+    """A stand-in for an 8x autoencoder: every 8 x 8 patch is kept as its first principal components, rounded to 8 bits.
+
+    It is fitted to 1,000 pictures of its own. 16 components keep a twelfth of the 192 numbers of a patch.
+    """
+    rng = Random(seed)
+    scenes = [sample_scene(sample_spec(CATEGORIES[i % len(CATEGORIES)], rng), rng) for i in range(1000)]
+    patches = _to_patches(render_batch(scenes))
+    mean = patches.mean(0)
+    _, basis = np.linalg.eigh((patches - mean).T @ (patches - mean))
+    basis = basis[:, -components:]
+
+    def transform(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        kept = (_to_patches(pictures) - mean) @ basis
+        side = IMAGE_SIZE // 8
+        back = (kept @ basis.T + mean).reshape(-1, side, side, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+        return (back.reshape(pictures.shape) + 0.5).clip(0, 255).astype(np.uint8)
+
+    return transform
+
+
+def _to_patches(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    side = IMAGE_SIZE // 8
+    split = pictures.reshape(-1, side, 8, side, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+    return split.reshape(-1, 192).astype(np.float32)
+
+
+def report(result: Agreement, title: str) -> str:
+    """The measured figures as Markdown."""
+    wrong, total = result.errors.total(), result.pairs.total()
+    summary = f"Agreement **{100 * result.agreement:.2f} %**: {wrong} of {total:,} verdicts wrong."
+    lines = [f"### {title}", "", summary, ""]
+    lines += ["| category | false rejects | false accepts | by corruption |", "|---|---|---|---|"]
+    for category in (*CATEGORIES, None):
+        keys = [(category, kind) for kind in KINDS[category]] if category else []
+        kinds = [f"{key[1]} {result.errors[key]} / {result.pairs[key]}" for key in keys]
+        cells = ["{} / {:,}".format(*result.rate(right, category)) for right in (True, False)]
+        lines.append(f"| {category or 'all'} | {' | '.join(cells)} | {', '.join(kinds)} |")
+    for name, names, matrix in (("shape", SHAPES, result.shapes), ("colour", COLOR_NAMES, result.colors)):
+        lines += ["", f"| {name}: drawn, seen as | {' | '.join(names)} | not found |", "|---" * (len(names) + 2) + "|"]
+        for truth in names:
+            lines.append(f"| {truth} | " + " | ".join(str(matrix[truth, seen] or ".") for seen in (*names, "-")) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sheet(path: str | Path, count: int = 100, seed: int = 2, transform: Transform | None = None) -> int:
+    """Writes `count` pictures with their prompts and verdicts, half of them corrupted; returns the disagreements."""
+    rng = Random(seed)
+    cases = [_pair(number, rng) for number in range(count)]
+    pictures = render_batch([scene for _, _, _, scene in cases])
+    pictures = transform(pictures) if transform else pictures
+    verdicts = check_batch(pictures, [case[2] for case in cases])
+    captions, disagreements = [], 0
+    for (_, kind, metadata, _), verdict in zip(cases, verdicts):
+        disagreements += verdict.correct != (kind == "right")
+        words = metadata["prompt"].split()
+        middle = next((i for i in range(len(words)) if len(" ".join(words[: i + 1])) > 27), len(words))
+        text = f"{'yes' if verdict.correct else 'NO: ' + verdict.reason}"
+        captions.append("\n".join((" ".join(words[:middle]), " ".join(words[middle:])[:30], text[:30])))
+    contact_sheet(pictures, 10, path, captions)
+    return disagreements
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Checker against renderer.")
+    parser.add_argument("--pairs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--components", type=int, default=16, help="of the 8 x 8 patches, for the round trip; 0: none")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose agreement section is replaced")
+    parser.add_argument("--sheet", type=Path, help="a PNG of 100 pictures with their verdicts")
+    args = parser.parse_args()
+    text = report(measure(args.pairs, args.seed), "As rendered")
+    if args.components:
+        title = f"After 8 x 8 patches were cut to {args.components} principal components"
+        text += "\n" + report(measure(args.pairs, args.seed, patch_pca(args.components)), title)
+    rates = malformed_rejected(max(1, args.pairs // 10), args.seed)
+    text += f"\n### Damaged objects ({max(1, args.pairs // 10):,} pictures each)\n\n| damage | rejected |\n|---|---|\n"
+    text += "".join(f"| {kind} | {100 * rate:.1f} % |\n" for kind, rate in rates.items())
+    print(text)
+    if args.write:
+        page = args.write.read_text(encoding="utf-8")
+        before, after = page.split(_BEGIN)[0], page.split(_END)[1]
+        args.write.write_text(f"{before}{_BEGIN}\n\n{text}\n{_END}{after}", encoding="utf-8")
+    if args.sheet:
+        print(f"{sheet(args.sheet)} disagreements in {args.sheet}")
+
+
+if __name__ == "__main__":
+    main()
