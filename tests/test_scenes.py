@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sana15.scenes.prompts import FRAMES, MAX_WORDS, geneval_wording, parse, word_list, wording
 from sana15.scenes.render import contact_sheet, render, render_batch
-from sana15.scenes.scene import GAP, MARGIN, Background, Object, Scene, sample_scene
+from sana15.scenes.scene import Background, Object, Scene, sample_scene
 from sana15.scenes.shapes import coverage, silhouette
 from sana15.scenes.spec import Clause, Spec, spec_from_metadata
 from sana15.scenes.testset import (
@@ -95,11 +95,11 @@ def test_scenes_show_their_spec_with_margins_and_gaps():
             assert clause.color in (None, o.color)
         for o in scene.objects:
             assert MIN_DIAMETER <= o.diameter <= MAX_DIAMETER
-            assert min(o.cx, o.cy) - o.diameter / 2 >= MARGIN
-            assert max(o.cx, o.cy) + o.diameter / 2 <= IMAGE_SIZE - MARGIN
+            assert min(o.cx, o.cy) - o.diameter / 2 >= 2
+            assert max(o.cx, o.cy) + o.diameter / 2 <= IMAGE_SIZE - 2
             assert np.abs(np.subtract(o.rgb, COLORS[o.color])).max() < 0.04
         for a, b in combinations(scene.objects, 2):
-            assert max(abs(a.cx - b.cx), abs(a.cy - b.cy)) >= (a.diameter + b.diameter) / 2 + GAP
+            assert max(abs(a.cx - b.cx), abs(a.cy - b.cy)) >= (a.diameter + b.diameter) / 2 + 4
         if spec.relation is not None:
             reference, subject = scene.objects
             dx, dy = subject.cx - reference.cx, subject.cy - reference.cy
