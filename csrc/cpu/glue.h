@@ -5,6 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -68,8 +73,24 @@ inline OptionalTensor dense_rows(const OptionalTensor& t) { return t ? OptionalT
 
 inline int64_t stride(const OptionalTensor& t, int64_t dim) { return t ? t->stride(dim) : 0; }
 
+// Asks for huge pages behind a large fresh tensor: the first touch of 4 KiB pages costs more than most kernels here. A hint
+// only; without it, or where the kernel refuses, nothing changes.
+inline void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kHugePage = 2 << 20;
+  if (bytes < static_cast<int64_t>(2 * kHugePage)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  Tensor t = torch::stable::new_empty(like, shape, dtype);
+  prefer_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
+  return t;
 }
 
 // Runs kernel(args, begin, end) over [0, items) on torch's thread pool; `grain` items are worth a task (about 50 us).
