@@ -24,7 +24,9 @@ SANA_EXT_HOST_DEVICE inline float bits_float(uint32_t bits) {
   return value;
 }
 
-SANA_EXT_HOST_DEVICE inline float bfloat16_to_float(uint16_t bits) { return bits_float(static_cast<uint32_t>(bits) << 16); }
+SANA_EXT_HOST_DEVICE inline float bfloat16_to_float(uint16_t bits) {
+  return bits_float(static_cast<uint32_t>(bits) << 16);
+}
 
 SANA_EXT_HOST_DEVICE inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = float_bits(value);

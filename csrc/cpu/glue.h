@@ -26,11 +26,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: fail(name, " must be float64, float32, bfloat16 or float16");
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      fail(name, " must be float64, float32, bfloat16 or float16");
   }
 }
 
@@ -73,8 +78,8 @@ inline OptionalTensor dense_rows(const OptionalTensor& t) { return t ? OptionalT
 
 inline int64_t stride(const OptionalTensor& t, int64_t dim) { return t ? t->stride(dim) : 0; }
 
-// Asks for huge pages behind a large fresh tensor: the first touch of 4 KiB pages costs more than most kernels here. A hint
-// only; without it, or where the kernel refuses, nothing changes.
+// Asks for huge pages behind a large fresh tensor: the first touch of 4 KiB pages costs more than most kernels here. A
+// hint only; without it, or where the kernel refuses, nothing changes.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096, kHugePage = 2 << 20;
@@ -94,9 +99,11 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
 }
 
 // Runs kernel(args, begin, end) over [0, items) on torch's thread pool; `grain` items are worth a task (about 50 us).
-template <class Args> void parallel(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, int64_t grain) {
+template <class Args>
+void parallel(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, int64_t grain) {
   if (items == 0) return;
-  torch::stable::parallel_for(0, items, grain < 1 ? 1 : grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  torch::stable::parallel_for(0, items, grain < 1 ? 1 : grain,
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 constexpr int64_t kGrainElements = 32768;  // elements of streaming work worth a task

@@ -21,8 +21,8 @@ OptionalTensor contiguous(const OptionalTensor& t) {
 
 int64_t grain(int64_t items, int64_t elements) { return items * kGrainElements / (elements + 1); }
 
-Tensor dwconv_glu_forward_cpu(const Tensor& u_in, const Tensor& weight_in, const OptionalTensor& bias_in, int64_t height,
-                              int64_t width) {
+Tensor dwconv_glu_forward_cpu(const Tensor& u_in, const Tensor& weight_in, const OptionalTensor& bias_in,
+                              int64_t height, int64_t width) {
   check_arguments(u_in, weight_in, bias_in, height, width);
   const Tensor u = dense_rows(u_in), weight = torch::stable::contiguous(weight_in);
   const OptionalTensor bias = contiguous(bias_in);
@@ -70,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_glu_backward_cpu(const Tensor& dout_in
   }
   const int64_t items = B * a.strips * dwconv_glu_blocks(F);
   parallel(dwconv_glu_backward, a, items, grain(items, 2 * du.numel()));
-  if (parameter_grads) parallel(dwconv_glu_reduce, r, dwconv_glu_blocks(2 * F), grain(dwconv_glu_blocks(2 * F), partial.numel()));
+  if (parameter_grads)
+    parallel(dwconv_glu_reduce, r, dwconv_glu_blocks(2 * F), grain(dwconv_glu_blocks(2 * F), partial.numel()));
   return {du, dweight, dbias};
 }
 

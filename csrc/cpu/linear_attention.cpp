@@ -15,7 +15,8 @@ using RowsOut = LinearAttentionRows<Ptr>;
 Rows rows(const Tensor& t, const char* name) { return {in(t, name), t.stride(0), t.stride(1), t.stride(2)}; }
 RowsOut rows(Tensor& t) { return {out(t), t.stride(0), t.stride(1), t.stride(2)}; }
 
-template <class Pointer> LinearAttentionRows<Pointer> third(Pointer p, int64_t i, const Tensor& qkv, const LinearAttentionSize& s) {
+template <class Pointer>
+LinearAttentionRows<Pointer> third(Pointer p, int64_t i, const Tensor& qkv, const LinearAttentionSize& s) {
   using Bytes = std::conditional_t<std::is_same_v<Pointer, Ptr>, char, const char>;
   p.data = static_cast<Bytes*>(p.data) + i * s.H * s.D * size_of(p.dtype);
   return {p, qkv.stride(0), qkv.stride(1), s.D};
@@ -46,8 +47,16 @@ struct Problem {
   double eps;
   Tensor state, rstd_q, rstd_k;  // [B, H, D+1, D], [B, N], [B, N]
 
-  Problem(const Tensor& like_, const LinearAttentionSize& s_, const OptionalTensor& wq, const OptionalTensor& wk, double eps_)
-      : like(like_), s(s_), weight_q(contiguous(wq)), weight_k(contiguous(wk)), eps(eps_), state(like_), rstd_q(like_), rstd_k(like_) {
+  Problem(const Tensor& like_, const LinearAttentionSize& s_, const OptionalTensor& wq, const OptionalTensor& wk,
+          double eps_)
+      : like(like_),
+        s(s_),
+        weight_q(contiguous(wq)),
+        weight_k(contiguous(wk)),
+        eps(eps_),
+        state(like_),
+        rstd_q(like_),
+        rstd_k(like_) {
     check_shape(weight_q, "weight_q", {s.H * s.D});
     check_shape(weight_k, "weight_k", {s.H * s.D});
     check_same_precision(like, weight_q, "weight_q");
@@ -80,13 +89,16 @@ struct Problem {
   Tensor partial_states() const { return accumulators({s.B, chunks(s), s.H, s.D + 1, s.P}); }
   int64_t grain(int64_t tokens) const { return kGrainElements / (tokens * s.H * s.D); }
 
-  static OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt; }
+  static OptionalTensor contiguous(const OptionalTensor& t) {
+    return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+  }
 };
 
 void* data(Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
 const void* const_data(const Tensor& t) { return t.numel() > 0 ? t.const_data_ptr() : nullptr; }
 
-void sum_states(const Problem& p, int64_t parts, const Tensor& partial, int64_t width, void* state, void* padded, void* transposed) {
+void sum_states(const Problem& p, int64_t parts, const Tensor& partial, int64_t width, void* state, void* padded,
+                void* transposed) {
   const LinearAttentionSum a{p.s, parts, const_data(partial), width, state, padded, transposed};
   parallel(linear_attention_sum, a, p.s.B * p.s.H, kGrainElements / ((parts + 1) * (p.s.D + 1) * p.s.P));
 }
@@ -101,7 +113,8 @@ void forward(Problem& p, const Rows& q, const Rows& k, const Rows& v, double nor
   Tensor padded = s.P == s.D ? p.state : p.accumulators({s.B, s.H, s.D + 1, s.P});
   sum_states(p, chunks(s), partial, s.P, data(p.state), s.P == s.D ? nullptr : data(padded), nullptr);
   const int64_t blocks = (s.N + kLinearAttentionBlock - 1) / kLinearAttentionBlock;
-  const LinearAttentionOutput o{s, norm_eps, p.eps, q, in(p.weight_q, "weight_q"), data(padded), data(p.rstd_q), out(result)};
+  const LinearAttentionOutput o{
+      s, norm_eps, p.eps, q, in(p.weight_q, "weight_q"), data(padded), data(p.rstd_q), out(result)};
   parallel(linear_attention_output, o, s.B * blocks, p.grain(kLinearAttentionBlock));
 }
 
@@ -114,25 +127,43 @@ Tensor sum_weight(const Problem& p, const OptionalTensor& weight, const Tensor& 
   if (!weight) return p.accumulators({0});
   Tensor result = empty(p.like, {p.s.H * p.s.D}, weight->scalar_type());
   PartialSums a{};
-  a.B = 1, a.blocks = p.s.B * chunks(p.s), a.R = 1, a.C = p.s.H * p.s.D, a.partial = const_data(partial), a.fp64 = p.s.fp64;
+  a.B = 1, a.blocks = p.s.B * chunks(p.s), a.R = 1, a.C = p.s.H * p.s.D, a.partial = const_data(partial),
+  a.fp64 = p.s.fp64;
   a.out[0] = out(result);
   parallel(sum_partials, a, 1, 1);
   return result;
 }
 
-std::tuple<Tensor, Tensor> backward(const Problem& p, const Rows& dout, const Rows& q, const Rows& k, const Rows& v, const Gradients& d) {
+std::tuple<Tensor, Tensor> backward(const Problem& p, const Rows& dout, const Rows& q, const Rows& k, const Rows& v,
+                                    const Gradients& d) {
   const LinearAttentionSize& s = p.s;
   const int64_t items = s.B * chunks(s), C = s.H * s.D;
-  Tensor partial = p.partial_states(), padded = p.accumulators({s.B, s.H, s.D + 1, s.P}), transposed = p.accumulators({s.B, s.H, s.D, s.P});
+  Tensor partial = p.partial_states(), padded = p.accumulators({s.B, s.H, s.D + 1, s.P}),
+         transposed = p.accumulators({s.B, s.H, s.D, s.P});
   Tensor weight_q = p.accumulators({p.weight_q ? items : 0, C}), weight_k = p.accumulators({p.weight_k ? items : 0, C});
   sum_states(p, 1, p.state, s.D, nullptr, data(padded), data(transposed));
-  const LinearAttentionBackwardQ a{s,          p.eps, dout,          q,
-                                   in(p.weight_q, "weight_q"),       const_data(p.rstd_q),
-                                   data(padded), data(transposed),   d.dq,
-                                   data(partial), data(weight_q)};
+  const LinearAttentionBackwardQ a{s,
+                                   p.eps,
+                                   dout,
+                                   q,
+                                   in(p.weight_q, "weight_q"),
+                                   const_data(p.rstd_q),
+                                   data(padded),
+                                   data(transposed),
+                                   d.dq,
+                                   data(partial),
+                                   data(weight_q)};
   parallel(linear_attention_backward_q, a, items, p.grain(s.chunk));
   sum_states(p, chunks(s), partial, s.P, nullptr, data(padded), data(transposed));
-  const LinearAttentionBackwardK c{s, k, v, in(p.weight_k, "weight_k"), const_data(p.rstd_k), data(padded), data(transposed), d.dk, d.dv,
+  const LinearAttentionBackwardK c{s,
+                                   k,
+                                   v,
+                                   in(p.weight_k, "weight_k"),
+                                   const_data(p.rstd_k),
+                                   data(padded),
+                                   data(transposed),
+                                   d.dk,
+                                   d.dv,
                                    data(weight_k)};
   parallel(linear_attention_backward_k, c, items, p.grain(s.chunk));
   return {sum_weight(p, p.weight_q, weight_q), sum_weight(p, p.weight_k, weight_k)};
@@ -144,8 +175,8 @@ void check_rows(const Tensor& q, const LinearAttentionSize& s, const Tensor& t, 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                                       const OptionalTensor& weight_q, const OptionalTensor& weight_k, double norm_eps,
-                                                       double eps) {
+                                                       const OptionalTensor& weight_q, const OptionalTensor& weight_k,
+                                                       double norm_eps, double eps) {
   Problem p(q_in, make_size(q_in), weight_q, weight_k, eps);
   check_rows(q_in, p.s, k_in, "k");
   check_rows(q_in, p.s, v_in, "v");
@@ -155,10 +186,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& q_in, const
   return {result, p.state, p.rstd_q, p.rstd_k};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in,
-                                                                const Tensor& v_in, const OptionalTensor& weight_q,
-                                                                const OptionalTensor& weight_k, const Tensor& state,
-                                                                const Tensor& rstd_q, const Tensor& rstd_k, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+    const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& weight_q,
+    const OptionalTensor& weight_k, const Tensor& state, const Tensor& rstd_q, const Tensor& rstd_k, double eps) {
   Problem p(q_in, make_size(q_in), weight_q, weight_k, eps);
   p.take(state, rstd_q, rstd_k);
   check_rows(q_in, p.s, dout_in, "dout");
@@ -172,8 +202,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& do
   return {dq, dk, dv, dweight_q, dweight_k};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qkv_forward_cpu(const Tensor& qkv_in, int64_t heads, const OptionalTensor& weight_q,
-                                                           const OptionalTensor& weight_k, double norm_eps, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> qkv_forward_cpu(const Tensor& qkv_in, int64_t heads,
+                                                           const OptionalTensor& weight_q,
+                                                           const OptionalTensor& weight_k, double norm_eps,
+                                                           double eps) {
   Problem p(qkv_in, make_size(qkv_in, heads), weight_q, weight_k, eps);
   const Tensor qkv = dense_rows(qkv_in);
   const ConstPtr x = in(qkv, "qkv");
@@ -182,9 +214,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qkv_forward_cpu(const Tensor& qkv_in,
   return {result, p.state, p.rstd_q, p.rstd_k};
 }
 
-std::tuple<Tensor, Tensor, Tensor> qkv_backward_cpu(const Tensor& dout_in, const Tensor& qkv_in, const OptionalTensor& weight_q,
-                                                    const OptionalTensor& weight_k, const Tensor& state, const Tensor& rstd_q,
-                                                    const Tensor& rstd_k, double eps) {
+std::tuple<Tensor, Tensor, Tensor> qkv_backward_cpu(const Tensor& dout_in, const Tensor& qkv_in,
+                                                    const OptionalTensor& weight_q, const OptionalTensor& weight_k,
+                                                    const Tensor& state, const Tensor& rstd_q, const Tensor& rstd_k,
+                                                    double eps) {
   check(state.dim() == 4, "state must have shape [B, H, D+1, D]");
   Problem p(qkv_in, make_size(qkv_in, state.size(1)), weight_q, weight_k, eps);
   p.take(state, rstd_q, rstd_k);

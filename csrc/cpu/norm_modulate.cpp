@@ -12,8 +12,9 @@ struct Forward {
   Tensor z, n, mean, rstd;
 };
 
-Forward run_forward(const Tensor& x_in, const OptionalTensor& y_in, const OptionalTensor& gate_in, const OptionalTensor& shift_in,
-                    const OptionalTensor& scale_in, double eps, std::optional<ScalarType> n_dtype) {
+Forward run_forward(const Tensor& x_in, const OptionalTensor& y_in, const OptionalTensor& gate_in,
+                    const OptionalTensor& shift_in, const OptionalTensor& scale_in, double eps,
+                    std::optional<ScalarType> n_dtype) {
   check(x_in.dim() == 3, "x must have shape [B, N, C]");
   const int64_t B = x_in.size(0), N = x_in.size(1), C = x_in.size(2);
   check_shape(y_in, "y", {B, N, C});
@@ -22,7 +23,8 @@ Forward run_forward(const Tensor& x_in, const OptionalTensor& y_in, const Option
   check_shape(scale_in, "scale", {B, C});
   for (const auto* t : {&y_in, &gate_in, &shift_in, &scale_in}) check_same_precision(x_in, *t, "every argument");
   const Tensor x = dense_rows(x_in);
-  const OptionalTensor y = dense_rows(y_in), gate = dense_rows(gate_in), shift = dense_rows(shift_in), scale = dense_rows(scale_in);
+  const OptionalTensor y = dense_rows(y_in), gate = dense_rows(gate_in), shift = dense_rows(shift_in),
+                       scale = dense_rows(scale_in);
 
   Forward result{none(x), none(x), none(x), none(x)};
   if (y) result.z = empty(x, {B, N, C}, x.scalar_type());
@@ -52,16 +54,18 @@ struct Backward {
   Tensor dx, dy, dgate, dshift, dscale;
 };
 
-Backward run_backward(const OptionalTensor& dz_in, const OptionalTensor& dn_in, const OptionalTensor& z_in, const OptionalTensor& y_in,
-                      const OptionalTensor& gate_in, const OptionalTensor& scale_in, const OptionalTensor& mean_in,
-                      const OptionalTensor& rstd_in, bool want_dx, ScalarType x_dtype, ScalarType y_dtype) {
+Backward run_backward(const OptionalTensor& dz_in, const OptionalTensor& dn_in, const OptionalTensor& z_in,
+                      const OptionalTensor& y_in, const OptionalTensor& gate_in, const OptionalTensor& scale_in,
+                      const OptionalTensor& mean_in, const OptionalTensor& rstd_in, bool want_dx, ScalarType x_dtype,
+                      ScalarType y_dtype) {
   const Tensor& first = dz_in ? *dz_in : *dn_in;
   check(first.dim() == 3, "the gradient must have shape [B, N, C]");
   const int64_t B = first.size(0), N = first.size(1), C = first.size(2);
   for (const auto* t : {&dz_in, &dn_in, &z_in, &y_in}) check_shape(*t, "every row argument", {B, N, C});
   for (const auto* t : {&gate_in, &scale_in}) check_shape(*t, "gate and scale", {B, C});
   for (const auto* t : {&mean_in, &rstd_in}) check_shape(*t, "mean and rstd", {B, N});
-  for (const auto* t : {&dn_in, &z_in, &y_in, &gate_in, &scale_in, &mean_in, &rstd_in}) check_same_precision(first, *t, "every argument");
+  for (const auto* t : {&dn_in, &z_in, &y_in, &gate_in, &scale_in, &mean_in, &rstd_in})
+    check_same_precision(first, *t, "every argument");
   check(!dn_in || (z_in && scale_in && mean_in && rstd_in), "dn needs z, scale, mean and rstd");
   check(!gate_in || y_in, "gate needs y");
   const OptionalTensor dz = dense_rows(dz_in), dn = dense_rows(dn_in), z = dense_rows(z_in), y = dense_rows(y_in),
@@ -101,15 +105,16 @@ Backward run_backward(const OptionalTensor& dz_in, const OptionalTensor& dn_in, 
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_modulate_forward_cpu(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps,
-                                                             ScalarType out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> norm_modulate_forward_cpu(const Tensor& x, const Tensor& shift, const Tensor& scale,
+                                                             double eps, ScalarType out_dtype) {
   auto r = run_forward(x, std::nullopt, std::nullopt, shift, scale, eps, out_dtype);
   return {r.n, r.mean, r.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_modulate_backward_cpu(const Tensor& dn, const Tensor& x, const Tensor& scale,
                                                               const Tensor& mean, const Tensor& rstd) {
-  auto r = run_backward(std::nullopt, dn, x, std::nullopt, std::nullopt, scale, mean, rstd, true, x.scalar_type(), x.scalar_type());
+  auto r = run_backward(std::nullopt, dn, x, std::nullopt, std::nullopt, scale, mean, rstd, true, x.scalar_type(),
+                        x.scalar_type());
   return {r.dx, r.dshift, r.dscale};
 }
 
@@ -124,15 +129,16 @@ std::tuple<Tensor, Tensor> gated_residual_backward_cpu(const Tensor& dout, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_modulate_forward_cpu(const Tensor& x, const Tensor& y,
-                                                                              const OptionalTensor& gate, const Tensor& shift,
-                                                                              const Tensor& scale, double eps, ScalarType out_dtype) {
+                                                                              const OptionalTensor& gate,
+                                                                              const Tensor& shift, const Tensor& scale,
+                                                                              double eps, ScalarType out_dtype) {
   auto r = run_forward(x, y, gate, shift, scale, eps, out_dtype);
   return {r.z, r.n, r.mean, r.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_modulate_backward_cpu(
-    const Tensor& dz, const Tensor& dn, const Tensor& z, const Tensor& y, const OptionalTensor& gate, const Tensor& scale,
-    const Tensor& mean, const Tensor& rstd) {
+    const Tensor& dz, const Tensor& dn, const Tensor& z, const Tensor& y, const OptionalTensor& gate,
+    const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
   auto r = run_backward(dz, dn, z, y, gate, scale, mean, rstd, true, z.scalar_type(), y.scalar_type());
   return {r.dx, r.dy, r.dgate, r.dshift, r.dscale};
 }

@@ -18,8 +18,9 @@ cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_modulate_forward_cuda(const Tensor& x_in, const Tensor& shift_in, const Tensor& scale_in,
-                                                              double eps, ScalarType out_dtype) {
+std::tuple<Tensor, Tensor, Tensor> norm_modulate_forward_cuda(const Tensor& x_in, const Tensor& shift_in,
+                                                              const Tensor& scale_in, double eps,
+                                                              ScalarType out_dtype) {
   check(x_in.dim() == 3, "x must have shape [B, N, C]");
   const int64_t B = x_in.size(0), N = x_in.size(1), C = x_in.size(2);
   cpu::check_shape(shift_in, "shift", {B, C});
@@ -46,6 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_modulate_forward_cuda(const Tensor& x_in
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sana_ext, CUDA, m) { m.impl("norm_modulate_forward", TORCH_BOX(&norm_modulate_forward_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(sana_ext, CUDA, m) {
+  m.impl("norm_modulate_forward", TORCH_BOX(&norm_modulate_forward_cuda));
+}
 
 }  // namespace sana_ext::cuda

@@ -1,5 +1,5 @@
-// Parts of the dwconv_glu kernels: taps packed by vector, rings of image rows, and the nine-tap sum over a run of pixels.
-// Included by kernel files only (see vec.h).
+// Parts of the dwconv_glu kernels: taps packed by vector, rings of image rows, and the nine-tap sum over a run of
+// pixels. Included by kernel files only (see vec.h).
 #pragma once
 #include "dwconv_glu.h"
 #include "vec.h"
@@ -20,8 +20,8 @@ SANA_EXT_INLINE void store_some(T* p, Vec<A> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store_one(p + i, v[i]);
 }
 
-// SiLU of n vectors. x is held where its sigmoid is not yet rounded away: beyond it the float product x * sigmoid(x) would
-// leave zero again.
+// SiLU of n vectors. x is held where its sigmoid is not yet rounded away: beyond it the float product x * sigmoid(x)
+// would leave zero again.
 template <class A, int n>
 struct Gate {
   Vec<A> x[n], sigma[n];
@@ -88,8 +88,8 @@ class PackedTaps {
   Scratch<A> data_;
 };
 
-// Three rows of an image, each [2 * vectors][W + 2][kLanes] with a column of zeros on either side. Rows outside the image
-// are zeros too. Row y lives until row y + 3 is written.
+// Three rows of an image, each [2 * vectors][W + 2][kLanes] with a column of zeros on either side. Rows outside the
+// image are zeros too. Row y lives until row y + 3 is written.
 template <class A>
 class Ring {
  public:
@@ -122,8 +122,9 @@ class Ring {
   Scratch<A> data_, zeros_;
 };
 
-// The nine-tap sums of kPixels neighbouring pixels: sum[p] += sum over i, j of taps[3 i + j] * rows[i][p + j]. Each row's
-// values are loaded once; the order of the additions is the same for every pixel. kFlip takes the taps in reverse.
+// The nine-tap sums of kPixels neighbouring pixels: sum[p] += sum over i, j of taps[3 i + j] * rows[i][p + j]. Each
+// row's values are loaded once; the order of the additions is the same for every pixel. kFlip takes the taps in
+// reverse.
 template <bool kFlip = false, int kPixels, class V, class A>
 SANA_EXT_INLINE void nine_taps(const A* const (&rows)[3], const A* taps, V (&sum)[kPixels]) {
 #pragma GCC unroll 3

@@ -18,8 +18,7 @@ void fill(const DwconvGluForward& a, const DwconvGluItem& item, const T* u, int6
         for (int p = 0; p < kPixels; ++p)
           values[p] = load_some<A>(row + (x + p) * stride + half * F + v * kLanes, count - v * kLanes);
         const Gate<A, kPixels> gate(values);
-        for (int p = 0; p < kPixels; ++p)
-          store(target + (half * vectors + v) * pitch + (x + p) * kLanes, gate.silu(p));
+        for (int p = 0; p < kPixels; ++p) store(target + (half * vectors + v) * pitch + (x + p) * kLanes, gate.silu(p));
       }
   });
 }

@@ -1,7 +1,7 @@
 // SiLU, depthwise 3x3 convolution with zero padding, bias and gate in one pass over the image; the formulas are
-// sana_ext/reference/glumbconv.py's. A work item is one image, one strip of rows and one block of channels: c channels of
-// the value half a and the same c channels of the gate half g. It marches down its strip with a ring of three rows of
-// silu(u) in cache, so that SiLU is taken once per element (and once more for the two rows above and below a strip).
+// sana_ext/reference/glumbconv.py's. A work item is one image, one strip of rows and one block of channels: c channels
+// of the value half a and the same c channels of the gate half g. It marches down its strip with a ring of three rows
+// of silu(u) in cache, so that SiLU is taken once per element (and once more for the two rows above and below a strip).
 #pragma once
 #include "../../common/dtype.h"
 #include "isa.h"
@@ -15,8 +15,8 @@ constexpr int64_t kDwconvGluChannels = CB;  // channels of each half in a block
 
 inline int64_t dwconv_glu_blocks(int64_t F) { return (F + kDwconvGluChannels - 1) / kDwconvGluChannels; }
 
-// Strips per image. A function of the shape alone, so that sums over strips do not depend on the number of threads: one,
-// unless there would be fewer than 128 items; no strip of fewer than 8 rows.
+// Strips per image. A function of the shape alone, so that sums over strips do not depend on the number of threads:
+// one, unless there would be fewer than 128 items; no strip of fewer than 8 rows.
 inline int64_t dwconv_glu_strips(int64_t B, int64_t H, int64_t F) {
   const int64_t items = B * dwconv_glu_blocks(F);
   const int64_t wanted = items > 0 ? (128 + items - 1) / items : 1, most = (H + 7) / 8;

@@ -59,8 +59,8 @@ void convolve(const DwconvGluBackward& a, const DwconvGluItem& item, const T* do
   });
 }
 
-// sums[3 i + j] += sum over x of dc(y, x) * s(y + i - 1, x + j - 1); sums[9] += sum of dc. First the row, then the total:
-// two levels keep the rounding error of large images down.
+// sums[3 i + j] += sum over x of dc(y, x) * s(y + i - 1, x + j - 1); sums[9] += sum of dc. First the row, then the
+// total: two levels keep the rounding error of large images down.
 template <class A>
 void accumulate(int64_t W, int64_t y, int64_t v, const Rings<A>& rings, A* sums) {
   Vec<A> total[10] = {};

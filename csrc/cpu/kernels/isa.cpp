@@ -40,8 +40,8 @@ Isa choose() {
   for (int level = 0; level <= static_cast<int>(best); ++level) {
     if (std::strcmp(wanted, isa_name(static_cast<Isa>(level))) == 0) return static_cast<Isa>(level);
   }
-  throw std::runtime_error("SANA_EXT_CPU_ISA=" + std::string(wanted) + " is not available here; this processor's best level is " +
-                           isa_name(best));
+  throw std::runtime_error("SANA_EXT_CPU_ISA=" + std::string(wanted) +
+                           " is not available here; this processor's best level is " + isa_name(best));
 }
 
 }  // namespace
@@ -53,8 +53,10 @@ Isa isa() {
 
 const char* isa_name(Isa level) {
   switch (level) {
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
     default:
 #if defined(__aarch64__)
       return "neon";
@@ -96,6 +98,4 @@ SANA_EXT_EXPORT const char* sana_ext_cpu_isa() {
 }
 
 // The best level of this processor.
-SANA_EXT_EXPORT const char* sana_ext_cpu_best_isa() {
-  return sana_ext::cpu::isa_name(sana_ext::cpu::best_available());
-}
+SANA_EXT_EXPORT const char* sana_ext_cpu_best_isa() { return sana_ext::cpu::isa_name(sana_ext::cpu::best_available()); }

@@ -6,7 +6,8 @@
 namespace sana_ext::cpu::SANA_EXT_ISA {
 namespace {
 
-template <class A, int kD> void state(const LinearAttentionState& a, int64_t begin, int64_t end) {
+template <class A, int kD>
+void state(const LinearAttentionState& a, int64_t begin, int64_t end) {
   const int64_t N = a.size.N, H = a.size.H, D = kD > 0 ? kD : a.size.D, P = kD > 0 ? kD : a.size.P;
   const int64_t chunks = (N + a.size.chunk - 1) / a.size.chunk, state_size = (D + 1) * P;
   Scratch<A> weights(H * P), khat(kLinearAttentionBlock * P), values(kLinearAttentionBlock * P);
@@ -43,7 +44,8 @@ template <class A, int kD> void state(const LinearAttentionState& a, int64_t beg
   }
 }
 
-template <class A> void sum(const LinearAttentionSum& a, int64_t begin, int64_t end) {
+template <class A>
+void sum(const LinearAttentionSum& a, int64_t begin, int64_t end) {
   const int64_t H = a.size.H, D = a.size.D, P = a.size.P, width = a.width;
   Scratch<A> total_scratch((D + 1) * P);
   A* total = total_scratch.data();
@@ -58,7 +60,8 @@ template <class A> void sum(const LinearAttentionSum& a, int64_t begin, int64_t 
     }
     if (a.state != nullptr)
       for (int64_t i = 0; i <= D; ++i)
-        std::memcpy(static_cast<A*>(a.state) + (item * (D + 1) + i) * D, total + i * P, static_cast<size_t>(D) * sizeof(A));
+        std::memcpy(static_cast<A*>(a.state) + (item * (D + 1) + i) * D, total + i * P,
+                    static_cast<size_t>(D) * sizeof(A));
     if (a.padded != nullptr)
       std::memcpy(static_cast<A*>(a.padded) + item * (D + 1) * P, total, static_cast<size_t>((D + 1) * P) * sizeof(A));
     if (a.transposed != nullptr) {
@@ -69,7 +72,8 @@ template <class A> void sum(const LinearAttentionSum& a, int64_t begin, int64_t 
   }
 }
 
-template <class A, int kD> void output(const LinearAttentionOutput& a, int64_t begin, int64_t end) {
+template <class A, int kD>
+void output(const LinearAttentionOutput& a, int64_t begin, int64_t end) {
   const int64_t N = a.size.N, H = a.size.H, D = kD > 0 ? kD : a.size.D, P = kD > 0 ? kD : a.size.P;
   const int64_t blocks = (N + kLinearAttentionBlock - 1) / kLinearAttentionBlock;
   Scratch<A> weights(H * P), qhat(kLinearAttentionBlock * P), numerator(kLinearAttentionBlock * P);

@@ -5,9 +5,11 @@
 namespace sana_ext::cpu::SANA_EXT_ISA {
 namespace {
 
-// The gradient of a norm's weight is sum x rstd dy = (sum y dy) / weight over the masked y = weight x rstd; where the weight is
-// 0 the mask is, too.
-template <class A> SANA_EXT_INLINE void store_weight_gradient(const A* products, const A* weights, int64_t H, int64_t D, int64_t P, A* out) {
+// The gradient of a norm's weight is sum x rstd dy = (sum y dy) / weight over the masked y = weight x rstd; where the
+// weight is 0 the mask is, too.
+template <class A>
+SANA_EXT_INLINE void store_weight_gradient(const A* products, const A* weights, int64_t H, int64_t D, int64_t P,
+                                           A* out) {
   for (int64_t h = 0; h < H; ++h)
     for (int64_t c = 0; c < D; ++c) {
       const A weight = weights[h * P + c];
@@ -15,7 +17,8 @@ template <class A> SANA_EXT_INLINE void store_weight_gradient(const A* products,
     }
 }
 
-template <class A, int kD> void backward_q(const LinearAttentionBackwardQ& a, int64_t begin, int64_t end) {
+template <class A, int kD>
+void backward_q(const LinearAttentionBackwardQ& a, int64_t begin, int64_t end) {
   const int64_t N = a.size.N, H = a.size.H, D = kD > 0 ? kD : a.size.D, P = kD > 0 ? kD : a.size.P;
   const int64_t chunks = (N + a.size.chunk - 1) / a.size.chunk, state_size = (D + 1) * P;
   constexpr int64_t kBlock = kLinearAttentionBlock;
@@ -44,9 +47,8 @@ template <class A, int kD> void backward_q(const LinearAttentionBackwardQ& a, in
         read_head<A>(a.q, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> q) SANA_EXT_LAMBDA_INLINE {
           store(u + t * P + c, relu<A>(q * load(weight + c)));
         });
-        read_head<A>(a.dout, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> dout) SANA_EXT_LAMBDA_INLINE {
-          store(g + t * P + c, dout);
-        });
+        read_head<A>(a.dout, b, n, h, tokens, D, P,
+                     [&](int64_t t, int64_t c, Vec<A> dout) SANA_EXT_LAMBDA_INLINE { store(g + t * P + c, dout); });
         multiply<A>(g, St, nullptr, du, tokens, D, P);  // t = S g
         for (int64_t t = 0; t < tokens; ++t) {
           const A r = inverse(dot(u + t * P, z, P) + extra[t]), coefficient = -dot(u + t * P, du + t * P, P) * r * r;
@@ -62,20 +64,21 @@ template <class A, int kD> void backward_q(const LinearAttentionBackwardQ& a, in
           }
         }
         accumulate(u, g, dS, tokens, D, P);
-        write_head<A>(a.dq, b, n, h, tokens, D, [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE { return load(du + t * P + c); });
+        write_head<A>(a.dq, b, n, h, tokens, D,
+                      [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE { return load(du + t * P + c); });
       }
       if (rstd == nullptr) continue;
       // The norm's scale does not leave eps / rstd_q: dq += q (eps rstd_q / C) sum_heads b.
       for (int64_t t = 0; t < tokens; ++t) sum_b[t] *= A(a.eps) / A(H * D) * rstd[t];
       for (int64_t h = 0; h < H; ++h) {
         const LinearAttentionRows<ConstPtr> written{a.dq.p, a.dq.stride_b, a.dq.stride_n, a.dq.stride_h};
-        read_head<A>(written, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> dq) SANA_EXT_LAMBDA_INLINE {
-          store(du + t * P + c, dq);
-        });
+        read_head<A>(written, b, n, h, tokens, D, P,
+                     [&](int64_t t, int64_t c, Vec<A> dq) SANA_EXT_LAMBDA_INLINE { store(du + t * P + c, dq); });
         read_head<A>(a.q, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> q) SANA_EXT_LAMBDA_INLINE {
           store(du + t * P + c, load(du + t * P + c) + q * sum_b[t]);
         });
-        write_head<A>(a.dq, b, n, h, tokens, D, [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE { return load(du + t * P + c); });
+        write_head<A>(a.dq, b, n, h, tokens, D,
+                      [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE { return load(du + t * P + c); });
       }
     }
     if (a.weight_q)
@@ -83,7 +86,8 @@ template <class A, int kD> void backward_q(const LinearAttentionBackwardQ& a, in
   }
 }
 
-template <class A, int kD> void backward_k(const LinearAttentionBackwardK& a, int64_t begin, int64_t end) {
+template <class A, int kD>
+void backward_k(const LinearAttentionBackwardK& a, int64_t begin, int64_t end) {
   const int64_t N = a.size.N, H = a.size.H, D = kD > 0 ? kD : a.size.D, P = kD > 0 ? kD : a.size.P;
   const int64_t chunks = (N + a.size.chunk - 1) / a.size.chunk, state_size = (D + 1) * P;
   constexpr int64_t kBlock = kLinearAttentionBlock;
@@ -99,7 +103,8 @@ template <class A, int kD> void backward_k(const LinearAttentionBackwardK& a, in
     zero(products.data(), H * P);
     for (int64_t n = first; n < last; n += kBlock) {
       const int64_t tokens = last - n < kBlock ? last - n : kBlock;
-      if (a.weight_k) std::memcpy(scale, static_cast<const A*>(a.rstd_k) + b * N + n, static_cast<size_t>(tokens) * sizeof(A));
+      if (a.weight_k)
+        std::memcpy(scale, static_cast<const A*>(a.rstd_k) + b * N + n, static_cast<size_t>(tokens) * sizeof(A));
       zero(sum_products, kBlock);
       for (int64_t h = 0; h < H; ++h) {
         const A *dS = static_cast<const A*>(a.padded) + (b * H + h) * state_size, *dz = dS + D * P;
@@ -109,9 +114,11 @@ template <class A, int kD> void backward_k(const LinearAttentionBackwardK& a, in
         read_head<A>(a.k, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> k) SANA_EXT_LAMBDA_INLINE {
           store(khat + t * P + c, relu<A>(k * load(weight + c) * scale[t]));
         });
-        read_head<A>(a.v, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> x) SANA_EXT_LAMBDA_INLINE { store(v + t * P + c, x); });
+        read_head<A>(a.v, b, n, h, tokens, D, P,
+                     [&](int64_t t, int64_t c, Vec<A> x) SANA_EXT_LAMBDA_INLINE { store(v + t * P + c, x); });
         multiply<A>(khat, dS, nullptr, dv, tokens, D, P);
-        write_head<A>(a.dv, b, n, h, tokens, D, [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE { return load(dv + t * P + c); });
+        write_head<A>(a.dv, b, n, h, tokens, D,
+                      [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE { return load(dv + t * P + c); });
         multiply<A>(v, dSt, dz, dk, tokens, D, P);  // dkhat before the mask
         for (int64_t t = 0; t < tokens; ++t) {
           Vec<A> row{};
@@ -133,7 +140,8 @@ template <class A, int kD> void backward_k(const LinearAttentionBackwardK& a, in
           read_head<A>(a.k, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> k) SANA_EXT_LAMBDA_INLINE {
             store(dk + t * P + c, load(dk + t * P + c) - k * sum_products[t]);
           });
-        write_head<A>(a.dk, b, n, h, tokens, D, [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE { return load(dk + t * P + c); });
+        write_head<A>(a.dk, b, n, h, tokens, D,
+                      [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE { return load(dk + t * P + c); });
       }
     }
     if (a.weight_k)

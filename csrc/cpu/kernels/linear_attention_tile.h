@@ -1,5 +1,5 @@
-// What the forward and the backward of linear_attention share: moving one head's rows between a tensor and L1 scratch, and
-// two register-tiled products. Scratch holds blocks of tokens as [tokens][P] accumulators.
+// What the forward and the backward of linear_attention share: moving one head's rows between a tensor and L1 scratch,
+// and two register-tiled products. Scratch holds blocks of tokens as [tokens][P] accumulators.
 #pragma once
 #include <cfloat>
 
@@ -8,9 +8,10 @@
 
 namespace sana_ext::cpu::SANA_EXT_ISA {
 
-// A tile is kTileRows rows by kTileVectors vectors of accumulator registers: as many as the level has registers for, with
-// room for one row of the second factor.
-template <class A> struct Tile {
+// A tile is kTileRows rows by kTileVectors vectors of accumulator registers: as many as the level has registers for,
+// with room for one row of the second factor.
+template <class A>
+struct Tile {
 #if defined(__AVX512F__) || defined(__aarch64__)
   static constexpr int kRows = 8, kVectors = 2;
 #elif defined(__AVX2__)
@@ -19,23 +20,27 @@ template <class A> struct Tile {
   static constexpr int kRows = 4, kVectors = 2;
 #endif
 };
-template <> struct Tile<double> {
+template <>
+struct Tile<double> {
   static constexpr int kRows = 2, kVectors = 1;
 };
 
-template <int kValue> struct Int {
+template <int kValue>
+struct Int {
   static constexpr int value = kValue;
 };
 
 // f(first, Int<rows>) over [0, count): tiles of kRows, then of half as many, down to 1.
-template <int kRows, class F> SANA_EXT_INLINE void for_tiles(int64_t first, int64_t count, const F& f) {
+template <int kRows, class F>
+SANA_EXT_INLINE void for_tiles(int64_t first, int64_t count, const F& f) {
   for (; first + kRows <= count; first += kRows) f(first, Int<kRows>{});
   if constexpr (kRows > 1) for_tiles<kRows / 2>(first, count, f);
 }
 
 // out[r][:] = init[:] + sum_k x[r][k] m[k][:] for kRows rows and kVectors vectors.
 template <class A, int kRows, int kVectors>
-__attribute__((noinline)) void multiply_tile(const A* x, const A* m, const A* init, A* out, int64_t depth, int64_t stride) {
+__attribute__((noinline)) void multiply_tile(const A* x, const A* m, const A* init, A* out, int64_t depth,
+                                             int64_t stride) {
   Vec<A> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -89,14 +94,15 @@ SANA_EXT_INLINE void multiply(const A* x, const A* m, const A* init, A* out, int
   for_tiles<Tile<A>::kVectors>(0, P / kLanes, [&](int64_t v, auto vectors) SANA_EXT_LAMBDA_INLINE {
     const int64_t c = v * kLanes;
     for_tiles<Tile<A>::kRows>(0, tokens, [&](int64_t t, auto rows) SANA_EXT_LAMBDA_INLINE {
-      multiply_tile<A, decltype(rows)::value, decltype(vectors)::value>(x + t * P, m + c, init == nullptr ? nullptr : init + c,
-                                                                         out + t * P + c, D, P);
+      multiply_tile<A, decltype(rows)::value, decltype(vectors)::value>(
+          x + t * P, m + c, init == nullptr ? nullptr : init + c, out + t * P + c, D, P);
     });
   });
 }
 
 // m [D][P] += x [tokens][P]^T * y [tokens][P]
-template <class A> SANA_EXT_INLINE void accumulate(const A* x, const A* y, A* m, int64_t tokens, int64_t D, int64_t P) {
+template <class A>
+SANA_EXT_INLINE void accumulate(const A* x, const A* y, A* m, int64_t tokens, int64_t D, int64_t P) {
   for_tiles<Tile<A>::kVectors>(0, P / kLanes, [&](int64_t v, auto vectors) SANA_EXT_LAMBDA_INLINE {
     const int64_t c = v * kLanes;
     for_tiles<Tile<A>::kRows>(0, D, [&](int64_t i, auto rows) SANA_EXT_LAMBDA_INLINE {
@@ -106,23 +112,29 @@ template <class A> SANA_EXT_INLINE void accumulate(const A* x, const A* y, A* m,
 }
 
 // dot(x, y) of P elements.
-template <class A> SANA_EXT_INLINE A dot(const A* x, const A* y, int64_t P) {
+template <class A>
+SANA_EXT_INLINE A dot(const A* x, const A* y, int64_t P) {
   Vec<A> sum{};
   for (int64_t c = 0; c < P; c += kLanes) sum += load(x + c) * load(y + c);
   return sum_lanes<A>(sum);
 }
 
 // 1 / d, and 0 where d is 0 or so small that 1 / d overflows; NaN stays NaN.
-template <class A> SANA_EXT_INLINE A inverse(A d) { return d < A(sizeof(A) == 8 ? DBL_MIN : FLT_MIN) ? A(0) : A(1) / d; }
+template <class A>
+SANA_EXT_INLINE A inverse(A d) {
+  return d < A(sizeof(A) == 8 ? DBL_MIN : FLT_MIN) ? A(0) : A(1) / d;
+}
 
 // The first `count` elements at p (count may be <= 0 or more than a vector), the other lanes 0.
-template <class A, class T> SANA_EXT_INLINE Vec<A> load_part(const T* p, int64_t count) {
+template <class A, class T>
+SANA_EXT_INLINE Vec<A> load_part(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
   A lanes[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = load_one(p + i);
   return load(lanes);
 }
-template <class A, class T> SANA_EXT_INLINE void store_part(T* p, Vec<A> v, int64_t count) {
+template <class A, class T>
+SANA_EXT_INLINE void store_part(T* p, Vec<A> v, int64_t count) {
   if (count >= kLanes) return store(p, v);
   A lanes[kLanes];
   store(lanes, v);
@@ -132,32 +144,36 @@ template <class A, class T> SANA_EXT_INLINE void store_part(T* p, Vec<A> v, int6
 // f(t, c, vector) over the D channels of head h of `tokens` tokens from token n on; columns past D come as 0, up to P.
 // Meanwhile the next head's rows are fetched: rows are kilobytes apart, which the hardware does not foresee.
 template <class A, class F>
-SANA_EXT_INLINE void read_head(const LinearAttentionRows<ConstPtr>& x, int64_t b, int64_t n, int64_t h, int64_t tokens, int64_t D,
-                               int64_t P, const F& f) {
+SANA_EXT_INLINE void read_head(const LinearAttentionRows<ConstPtr>& x, int64_t b, int64_t n, int64_t h, int64_t tokens,
+                               int64_t D, int64_t P, const F& f) {
   const int64_t offset = b * x.stride_b + n * x.stride_n + h * x.stride_h;
-  with_type<A>(x.p.dtype, static_cast<const char*>(x.p.data) + offset * size_of(x.p.dtype), [&](const auto* p) SANA_EXT_LAMBDA_INLINE {
-    for (int64_t t = 0; t < tokens; ++t, p += x.stride_n) {
-      for (int64_t c = 0; c < D; c += 64 / static_cast<int64_t>(sizeof *p)) __builtin_prefetch(p + x.stride_h + c);
+  with_type<A>(x.p.dtype, static_cast<const char*>(x.p.data) + offset * size_of(x.p.dtype),
+               [&](const auto* p) SANA_EXT_LAMBDA_INLINE {
+                 for (int64_t t = 0; t < tokens; ++t, p += x.stride_n) {
+                   for (int64_t c = 0; c < D; c += 64 / static_cast<int64_t>(sizeof *p))
+                     __builtin_prefetch(p + x.stride_h + c);
 #pragma GCC unroll 8
-      for (int64_t c = 0; c < P; c += kLanes) f(t, c, load_part<A>(p + c, D - c));
-    }
-  });
+                   for (int64_t c = 0; c < P; c += kLanes) f(t, c, load_part<A>(p + c, D - c));
+                 }
+               });
 }
 
 // Writes f(t, c), a vector, over the same range.
 template <class A, class F>
-SANA_EXT_INLINE void write_head(const LinearAttentionRows<Ptr>& x, int64_t b, int64_t n, int64_t h, int64_t tokens, int64_t D,
-                                const F& f) {
+SANA_EXT_INLINE void write_head(const LinearAttentionRows<Ptr>& x, int64_t b, int64_t n, int64_t h, int64_t tokens,
+                                int64_t D, const F& f) {
   const int64_t offset = b * x.stride_b + n * x.stride_n + h * x.stride_h;
-  with_type<A>(x.p.dtype, static_cast<char*>(x.p.data) + offset * size_of(x.p.dtype), [&](auto* p) SANA_EXT_LAMBDA_INLINE {
-    for (int64_t t = 0; t < tokens; ++t, p += x.stride_n)
+  with_type<A>(x.p.dtype, static_cast<char*>(x.p.data) + offset * size_of(x.p.dtype),
+               [&](auto* p) SANA_EXT_LAMBDA_INLINE {
+                 for (int64_t t = 0; t < tokens; ++t, p += x.stride_n)
 #pragma GCC unroll 8
-      for (int64_t c = 0; c < D; c += kLanes) store_part<A>(p + c, f(t, c), D - c);
-  });
+                   for (int64_t c = 0; c < D; c += kLanes) store_part<A>(p + c, f(t, c), D - c);
+               });
 }
 
 // The norm's weights as [H][P] accumulators; 1 where there is no norm.
-template <class A> SANA_EXT_INLINE void load_weights(ConstPtr weight, const LinearAttentionSize& size, A* out) {
+template <class A>
+SANA_EXT_INLINE void load_weights(ConstPtr weight, const LinearAttentionSize& size, A* out) {
   if (!weight) {
     for (int64_t i = 0; i < size.H * size.P; ++i) out[i] = A(1);
     return;
@@ -171,8 +187,8 @@ template <class A> SANA_EXT_INLINE void load_weights(ConstPtr weight, const Line
 
 // rstd[t] = 1 / sqrt(mean(x^2) + norm_eps) over all heads of `tokens` tokens.
 template <class A>
-void row_rstd(const LinearAttentionRows<ConstPtr>& x, const LinearAttentionSize& size, int64_t b, int64_t n, int64_t tokens,
-              double norm_eps, A* rstd) {
+void row_rstd(const LinearAttentionRows<ConstPtr>& x, const LinearAttentionSize& size, int64_t b, int64_t n,
+              int64_t tokens, double norm_eps, A* rstd) {
   const bool dense = x.stride_h == size.D;
   const int64_t pieces = dense ? 1 : size.H, count = dense ? size.H * size.D : size.D;
   const int64_t offset = b * x.stride_b + n * x.stride_n;
@@ -191,7 +207,8 @@ void row_rstd(const LinearAttentionRows<ConstPtr>& x, const LinearAttentionSize&
 }
 
 // Calls f(Int<D>) for the head size with a path of its own, else f(Int<0>): any D.
-template <class F> SANA_EXT_INLINE void with_head_size(int64_t D, const F& f) {
+template <class F>
+SANA_EXT_INLINE void with_head_size(int64_t D, const F& f) {
   D == 32 ? f(Int<32>{}) : f(Int<0>{});
 }
 

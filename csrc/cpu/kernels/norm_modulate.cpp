@@ -8,7 +8,8 @@ namespace sana_ext::cpu::SANA_EXT_ISA {
 namespace {
 
 // A [B, C] row of per-image coefficients held as accumulators while the rows of one image pass by.
-template <class A> class Coefficients {
+template <class A>
+class Coefficients {
  public:
   Coefficients(ConstPtr p, int64_t stride_b, int64_t C) : p_(p), stride_b_(stride_b), C_(C), scratch_(p ? C : 0) {}
   const A* row(int64_t b) {
@@ -25,15 +26,18 @@ template <class A> class Coefficients {
 };
 
 // Row `offset` of a tensor of accumulators or 16-bit elements, as the typed pointer that `with_type` hands out.
-template <class A, class F> SANA_EXT_INLINE void on_row(ConstPtr p, int64_t offset, const F& f) {
+template <class A, class F>
+SANA_EXT_INLINE void on_row(ConstPtr p, int64_t offset, const F& f) {
   with_type<A>(p.dtype, static_cast<const char*>(p.data) + offset * size_of(p.dtype), f);
 }
-template <class A, class F> SANA_EXT_INLINE void on_row(Ptr p, int64_t offset, const F& f) {
+template <class A, class F>
+SANA_EXT_INLINE void on_row(Ptr p, int64_t offset, const F& f) {
   with_type<A>(p.dtype, static_cast<char*>(p.data) + offset * size_of(p.dtype), f);
 }
 
 // z = x + gate * y, stored in x's type; returns the sum of z as stored, and z itself in `copy`.
-template <class A, class T> A add_residual(const T* x, const A* y, const A* gate, T* z, A* copy, int64_t C) {
+template <class A, class T>
+A add_residual(const T* x, const A* y, const A* gate, T* z, A* copy, int64_t C) {
   Sum<A> total;
   const auto put = [&](auto v, int64_t c, auto slot, auto value) SANA_EXT_LAMBDA_INLINE {
     v.store(z + c, value);
@@ -42,16 +46,19 @@ template <class A, class T> A add_residual(const T* x, const A* y, const A* gate
     total.add(stored, slot);
   };
   if (gate != nullptr)
-    for_each_slot(C, [&](auto v, int64_t c, auto slot) { put(v, c, slot, v.load(gate + c) * v.load(y + c) + v.load(x + c)); });
+    for_each_slot(
+        C, [&](auto v, int64_t c, auto slot) { put(v, c, slot, v.load(gate + c) * v.load(y + c) + v.load(x + c)); });
   else
     for_each_slot(C, [&](auto v, int64_t c, auto slot) { put(v, c, slot, v.load(y + c) + v.load(x + c)); });
   return total.total();
 }
 
-template <class A> void forward(const NormModulateForward& a, int64_t begin, int64_t end) {
+template <class A>
+void forward(const NormModulateForward& a, int64_t begin, int64_t end) {
   const int64_t C = a.C;
   Scratch<A> copy(C), y_scratch(a.y ? C : 0);
-  Coefficients<A> gates(a.gate, a.gate_stride_b, C), shifts(a.shift, a.shift_stride_b, C), scales(a.scale, a.scale_stride_b, C);
+  Coefficients<A> gates(a.gate, a.gate_stride_b, C), shifts(a.shift, a.shift_stride_b, C),
+      scales(a.scale, a.scale_stride_b, C);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / a.N, i_n = row % a.N;
     const A* z = copy.data();  // the row that is normalised
@@ -96,7 +103,8 @@ template <class A> void forward(const NormModulateForward& a, int64_t begin, int
 // One row of the LayerNorm's gradient: g = dn * (1 + scale) into `g_row`, the sums of dshift and dscale, then
 // dz_total = dz + rstd * (g - mean(g) - xhat * mean(g * xhat)) over it.
 template <class A>
-void norm_backward_row(const A* dn, const A* z, const A* scale, const A* dz, A mean, A rstd, A* g_row, A* dshift, A* dscale, int64_t C) {
+void norm_backward_row(const A* dn, const A* z, const A* scale, const A* dz, A mean, A rstd, A* g_row, A* dshift,
+                       A* dscale, int64_t C) {
   Sum<A> sum_g, sum_gx;
   for_each_slot(C, [&](auto v, int64_t c, auto slot) {
     const auto d = v.load(dn + c), xhat = (v.load(z + c) - mean) * rstd, g = d * (v.load(scale + c) + A(1));
@@ -116,7 +124,8 @@ void norm_backward_row(const A* dn, const A* z, const A* scale, const A* dz, A m
     for_each(C, [&](auto v, int64_t c) { v.store(g_row + c, gradient(v, c)); });
 }
 
-template <class A> void backward(const NormModulateBackward& a, int64_t begin, int64_t end) {
+template <class A>
+void backward(const NormModulateBackward& a, int64_t begin, int64_t end) {
   const int64_t C = a.C, blocks = (a.N + kNormModulateBlock - 1) / kNormModulateBlock;
   Scratch<A> dz_scratch(C), dn_scratch(C), z_scratch(C), y_scratch(C), total_scratch(C);
   Coefficients<A> gates(a.gate, a.gate_stride_b, C), scales(a.scale, a.scale_stride_b, C);
@@ -137,8 +146,8 @@ template <class A> void backward(const NormModulateBackward& a, int64_t begin, i
         const A* dn = load_row<A>(a.dn, b * a.dn_stride_b + i_n * a.dn_stride_n, C, dn_scratch.data());
         const A* z = load_row<A>(a.z, b * a.z_stride_b + i_n * a.z_stride_n, C, z_scratch.data());
         A* out = dx_is_accumulator ? static_cast<A*>(a.dx.data) + row * C : total_scratch.data();
-        norm_backward_row<A>(dn, z, scale, dz, static_cast<const A*>(a.mean)[row], static_cast<const A*>(a.rstd)[row], out, dshift,
-                             dscale, C);
+        norm_backward_row<A>(dn, z, scale, dz, static_cast<const A*>(a.mean)[row], static_cast<const A*>(a.rstd)[row],
+                             out, dshift, dscale, C);
         total = out;
       }
       if (a.dx && !(a.dn && dx_is_accumulator)) store_row<A>(a.dx, row * C, C, total);
@@ -158,7 +167,8 @@ template <class A> void backward(const NormModulateBackward& a, int64_t begin, i
   }
 }
 
-template <class A> void reduce(const PartialSums& a, int64_t begin, int64_t end) {
+template <class A>
+void reduce(const PartialSums& a, int64_t begin, int64_t end) {
   Scratch<A> sum(a.C);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / a.R, r = item % a.R;

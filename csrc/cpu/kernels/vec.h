@@ -1,8 +1,8 @@
 // The SIMD layer: GCC/Clang vector types of kLanes elements, conversions from and to 16-bit floats, exp.
 // Included only by the kernel files of this folder, which are compiled once per instruction set level: everything
 // lives in namespace sana_ext::cpu::SANA_EXT_ISA. Kernel files use no std:: templates: the linker keeps one copy of an
-// inline function, and it must not be the one compiled for AVX-512. Arithmetic uses the compiler's vector operators (a*b+c becomes an FMA
-// under -ffp-contract=fast); intrinsics stand only where the operators have no word for it.
+// inline function, and it must not be the one compiled for AVX-512. Arithmetic uses the compiler's vector operators
+// (a*b+c becomes an FMA under -ffp-contract=fast); intrinsics stand only where the operators have no word for it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -34,28 +34,56 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;  // SSE2, NEON
 #endif
 
-template <class T> struct VecType;
-template <> struct VecType<float> { typedef float type __attribute__((vector_size(4 * kLanes))); };
-template <> struct VecType<double> { typedef double type __attribute__((vector_size(8 * kLanes))); };
-template <> struct VecType<int32_t> { typedef int32_t type __attribute__((vector_size(4 * kLanes))); };
-template <> struct VecType<uint32_t> { typedef uint32_t type __attribute__((vector_size(4 * kLanes))); };
-template <> struct VecType<uint16_t> { typedef uint16_t type __attribute__((vector_size(2 * kLanes))); };
+template <class T>
+struct VecType;
+template <>
+struct VecType<float> {
+  typedef float type __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct VecType<double> {
+  typedef double type __attribute__((vector_size(8 * kLanes)));
+};
+template <>
+struct VecType<int32_t> {
+  typedef int32_t type __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct VecType<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct VecType<uint16_t> {
+  typedef uint16_t type __attribute__((vector_size(2 * kLanes)));
+};
 // A vector of kLanes accumulators, float or double. With double the compiler splits it over several registers.
-template <class A> using Vec = typename VecType<A>::type;
+template <class A>
+using Vec = typename VecType<A>::type;
 
-template <class A> SANA_EXT_INLINE Vec<A> broadcast(A value) { return value - Vec<A>{}; }
+template <class A>
+SANA_EXT_INLINE Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
 
-template <class A> SANA_EXT_INLINE Vec<A> load(const A* p) {
+template <class A>
+SANA_EXT_INLINE Vec<A> load(const A* p) {
   Vec<A> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <class A> SANA_EXT_INLINE void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
+template <class A>
+SANA_EXT_INLINE void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
-template <class A> SANA_EXT_INLINE Vec<A> relu(Vec<A> v) { return Vec<A>{} > v ? Vec<A>{} : v; }  // NaN stays NaN
+template <class A>
+SANA_EXT_INLINE Vec<A> relu(Vec<A> v) {
+  return Vec<A>{} > v ? Vec<A>{} : v;
+}  // NaN stays NaN
 
 // Sum of the lanes in a fixed order (pairwise halves).
-template <class A> SANA_EXT_INLINE A sum_lanes(Vec<A> v) {
+template <class A>
+SANA_EXT_INLINE A sum_lanes(Vec<A> v) {
   A lanes[kLanes];
   store(lanes, v);
   for (int width = kLanes / 2; width > 0; width /= 2)
@@ -104,8 +132,12 @@ SANA_EXT_INLINE void store_f16(uint16_t* p, Vec<float> v) {  // round to nearest
 }
 
 // Elements of a tensor, loaded as and stored from accumulators: float and double as they are, 16-bit types converted.
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 SANA_EXT_INLINE Vec<float> load(const BFloat16* p) { return load_bf16(&p->bits); }
 SANA_EXT_INLINE Vec<float> load(const Float16* p) { return load_f16(&p->bits); }
 SANA_EXT_INLINE void store(BFloat16* p, Vec<float> v) { store_bf16(&p->bits, v); }
@@ -120,25 +152,33 @@ SANA_EXT_INLINE void store_one(BFloat16* p, float v) { p->bits = float_to_bfloat
 SANA_EXT_INLINE void store_one(Float16* p, float v) { p->bits = float_to_half(v); }
 
 // Calls f with `data` as a pointer to its elements, so that f is compiled once per element type that A accumulates.
-template <class A, class F> SANA_EXT_INLINE void with_type(Dtype dtype, const void* data, const F& f) {
+template <class A, class F>
+SANA_EXT_INLINE void with_type(Dtype dtype, const void* data, const F& f) {
   if constexpr (sizeof(A) == 8) {
     f(static_cast<const double*>(data));
   } else {
     switch (dtype) {
-      case Dtype::kBFloat16: return f(static_cast<const BFloat16*>(data));
-      case Dtype::kFloat16: return f(static_cast<const Float16*>(data));
-      default: return f(static_cast<const float*>(data));
+      case Dtype::kBFloat16:
+        return f(static_cast<const BFloat16*>(data));
+      case Dtype::kFloat16:
+        return f(static_cast<const Float16*>(data));
+      default:
+        return f(static_cast<const float*>(data));
     }
   }
 }
-template <class A, class F> SANA_EXT_INLINE void with_type(Dtype dtype, void* data, const F& f) {
+template <class A, class F>
+SANA_EXT_INLINE void with_type(Dtype dtype, void* data, const F& f) {
   if constexpr (sizeof(A) == 8) {
     f(static_cast<double*>(data));
   } else {
     switch (dtype) {
-      case Dtype::kBFloat16: return f(static_cast<BFloat16*>(data));
-      case Dtype::kFloat16: return f(static_cast<Float16*>(data));
-      default: return f(static_cast<float*>(data));
+      case Dtype::kBFloat16:
+        return f(static_cast<BFloat16*>(data));
+      case Dtype::kFloat16:
+        return f(static_cast<Float16*>(data));
+      default:
+        return f(static_cast<float*>(data));
     }
   }
 }
@@ -229,7 +269,8 @@ SANA_EXT_INLINE void sigmoid(const Vec<double> (&x)[n], Vec<double> (&result)[n]
 }
 
 // A 64-byte aligned temporary of `count` elements, rounded up to whole vectors; uninitialised.
-template <class A> class Scratch {
+template <class A>
+class Scratch {
  public:
   explicit Scratch(int64_t count) {
     if (count <= 0) return;
@@ -248,18 +289,24 @@ template <class A> class Scratch {
   A* data_ = nullptr;
 };
 
-template <class A> SANA_EXT_INLINE void zero(A* p, int64_t count) { std::memset(p, 0, static_cast<size_t>(count) * sizeof(A)); }
+template <class A>
+SANA_EXT_INLINE void zero(A* p, int64_t count) {
+  std::memset(p, 0, static_cast<size_t>(count) * sizeof(A));
+}
 
-// Rows. `count` elements starting `offset` elements after p, as accumulators: the tensor's own memory when its type is A
-// already, else converted into `scratch` (room for `count` rounded up to kLanes).
+// Rows. `count` elements starting `offset` elements after p, as accumulators: the tensor's own memory when its type is
+// A already, else converted into `scratch` (room for `count` rounded up to kLanes).
 
-template <class A> const A* load_row(ConstPtr p, int64_t offset, int64_t count, A* scratch);
+template <class A>
+const A* load_row(ConstPtr p, int64_t offset, int64_t count, A* scratch);
 
-template <> inline const double* load_row<double>(ConstPtr p, int64_t offset, int64_t, double*) {
+template <>
+inline const double* load_row<double>(ConstPtr p, int64_t offset, int64_t, double*) {
   return static_cast<const double*>(p.data) + offset;
 }
 
-template <> inline const float* load_row<float>(ConstPtr p, int64_t offset, int64_t count, float* scratch) {
+template <>
+inline const float* load_row<float>(ConstPtr p, int64_t offset, int64_t count, float* scratch) {
   if (p.dtype == Dtype::kFloat32) return static_cast<const float*>(p.data) + offset;
   const auto* source = static_cast<const uint16_t*>(p.data) + offset;
   int64_t i = 0;
@@ -273,13 +320,16 @@ template <> inline const float* load_row<float>(ConstPtr p, int64_t offset, int6
   return scratch;
 }
 
-template <class A> void store_row(Ptr p, int64_t offset, int64_t count, const A* source);
+template <class A>
+void store_row(Ptr p, int64_t offset, int64_t count, const A* source);
 
-template <> inline void store_row<double>(Ptr p, int64_t offset, int64_t count, const double* source) {
+template <>
+inline void store_row<double>(Ptr p, int64_t offset, int64_t count, const double* source) {
   std::memcpy(static_cast<double*>(p.data) + offset, source, static_cast<size_t>(count) * sizeof(double));
 }
 
-template <> inline void store_row<float>(Ptr p, int64_t offset, int64_t count, const float* source) {
+template <>
+inline void store_row<float>(Ptr p, int64_t offset, int64_t count, const float* source) {
   if (p.dtype == Dtype::kFloat32) {
     std::memcpy(static_cast<float*>(p.data) + offset, source, static_cast<size_t>(count) * sizeof(float));
     return;
@@ -295,27 +345,42 @@ template <> inline void store_row<float>(Ptr p, int64_t offset, int64_t count, c
   }
 }
 
-// One formula for whole vectors and for the tail: for_each(count, [&](auto lanes, int64_t i) { ... }) calls the body with
-// `Whole` at i = 0, kLanes, ... and with `One` for each remaining element; lanes.load(p + i) is a Vec<A> or an A.
+// One formula for whole vectors and for the tail: for_each(count, [&](auto lanes, int64_t i) { ... }) calls the body
+// with `Whole` at i = 0, kLanes, ... and with `One` for each remaining element; lanes.load(p + i) is a Vec<A> or an A.
 struct Whole {
-  template <class T> static SANA_EXT_INLINE auto load(const T* p) { return SANA_EXT_ISA::load(p); }
-  template <class T, class V> static SANA_EXT_INLINE void store(T* p, V v) { SANA_EXT_ISA::store(p, v); }
+  template <class T>
+  static SANA_EXT_INLINE auto load(const T* p) {
+    return SANA_EXT_ISA::load(p);
+  }
+  template <class T, class V>
+  static SANA_EXT_INLINE void store(T* p, V v) {
+    SANA_EXT_ISA::store(p, v);
+  }
 };
 struct One {
-  template <class T> static SANA_EXT_INLINE auto load(const T* p) { return load_one(p); }
-  template <class T, class A> static SANA_EXT_INLINE void store(T* p, A v) { store_one(p, v); }
+  template <class T>
+  static SANA_EXT_INLINE auto load(const T* p) {
+    return load_one(p);
+  }
+  template <class T, class A>
+  static SANA_EXT_INLINE void store(T* p, A v) {
+    store_one(p, v);
+  }
 };
 
-template <class Body> SANA_EXT_INLINE void for_each(int64_t count, const Body& body) {
+template <class Body>
+SANA_EXT_INLINE void for_each(int64_t count, const Body& body) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) body(Whole{}, i);
   for (; i < count; ++i) body(One{}, i);
 }
 
-// The same, four vectors at a time, for bodies that sum: body(lanes, i, slot), slot = 0..3 a compile-time constant, keeps
-// four independent chains of additions in flight.
-template <int kSlot> struct Slot {};
-template <class Body> SANA_EXT_INLINE void for_each_slot(int64_t count, const Body& body) {
+// The same, four vectors at a time, for bodies that sum: body(lanes, i, slot), slot = 0..3 a compile-time constant,
+// keeps four independent chains of additions in flight.
+template <int kSlot>
+struct Slot {};
+template <class Body>
+SANA_EXT_INLINE void for_each_slot(int64_t count, const Body& body) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
     body(Whole{}, i, Slot<0>{});
@@ -328,11 +393,18 @@ template <class Body> SANA_EXT_INLINE void for_each_slot(int64_t count, const Bo
 }
 
 // A sum fed with whole vectors and single elements, added up in a fixed order.
-template <class A> struct Sum {
+template <class A>
+struct Sum {
   Vec<A> whole[4] = {};
   A one = 0;
-  template <int kSlot = 0> SANA_EXT_INLINE void add(Vec<A> v, Slot<kSlot> = {}) { whole[kSlot] += v; }
-  template <int kSlot = 0> SANA_EXT_INLINE void add(A v, Slot<kSlot> = {}) { one += v; }
+  template <int kSlot = 0>
+  SANA_EXT_INLINE void add(Vec<A> v, Slot<kSlot> = {}) {
+    whole[kSlot] += v;
+  }
+  template <int kSlot = 0>
+  SANA_EXT_INLINE void add(A v, Slot<kSlot> = {}) {
+    one += v;
+  }
   SANA_EXT_INLINE A total() const { return sum_lanes<A>((whole[0] + whole[1]) + (whole[2] + whole[3])) + one; }
 };
 

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads) norm_modulate_forward_kernel(NormMod
     const float rstd = rsqrtf(block_sum<kWarps>(square, squares) / static_cast<float>(a.C) + a.eps);
     for (int64_t c = threadIdx.x; c < a.C; c += kThreads) {
       const float x = copied ? row_copy[c] : load_element(a.x, start + c);
-      const float scale = load_element(a.scale, b * a.scale_stride_b + c), shift = load_element(a.shift, b * a.shift_stride_b + c);
+      const float scale = load_element(a.scale, b * a.scale_stride_b + c),
+                  shift = load_element(a.shift, b * a.shift_stride_b + c);
       store_element(a.n, row * a.C + c, (x - mean) * rstd * (1.0f + scale) + shift);
     }
     if (threadIdx.x == 0) {
