@@ -1,0 +1,130 @@
+"""The training configuration: dataclasses whose defaults are the documentation, YAML files and dotted overrides on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass
+class TransformerConfig:
+    """Model of the `transformer` task."""
+
+    size: str = "mini"
+    autoencoder: str = ""  # folder of the trained autoencoder
+    text_width: int = 128  # width of the mini text encoder
+    text_heads: int = 4
+    flow_shift: float = 3.0
+    caption_drop: float = 0.1  # part of the prompts replaced by the empty one, for guidance
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class AutoencoderConfig:
+    """Loss of the `autoencoder` task: mean absolute error plus its like on the picture's differences."""
+
+    edge_weight: float = 1.0
+    latent_noise: float = 0.0  # standard deviation of noise on the latents: a decoder that forgives small errors
+
+
+@dataclass
+class TrainConfig:
+    """One training run; `sana15 train FILE key=value ...`."""
+
+    task: str = "transformer"  # transformer | autoencoder
+    out: str = "runs/mini"
+    seed: int = 0
+    steps: int = 20000
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup: int = 200  # steps of linear warm-up
+    schedule: str = "constant"  # constant | cosine
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0  # global norm; 0 switches clipping off
+    ema: float = 0.999  # decay of the averaged weights that are evaluated and exported
+    precision: str = "fp32"  # fp32 | bf16 (autocast)
+    device: str = "auto"  # auto | cpu | cuda
+    workers: int = 0  # processes that render ahead
+    log_every: int = 20
+    save_every: int = 500
+    keep: int = 2  # checkpoints kept
+    sample_every: int = 1000
+    sample_steps: int = 20
+    sample_guidance: float = 4.5
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+    def __post_init__(self) -> None:
+        for name, allowed in {
+            "task": ("transformer", "autoencoder"),
+            "schedule": ("constant", "cosine"),
+            "precision": ("fp32", "bf16"),
+            "device": ("auto", "cpu", "cuda"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep", "sample_every", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
+    """Defaults, then the YAML file, then `a.b=value` overrides (values in YAML's syntax).
+
+    Raises:
+        ValueError: an unknown key (named), a value of the wrong type, or text that is no YAML. FileNotFoundError.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a mapping of keys to values")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} must have the form key=value")
+        target = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = yaml.safe_load(text)
+    return _build(TrainConfig, values, "")
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    types = typing.get_type_hints(cls)
+    unknown = sorted(values.keys() - types.keys())
+    if unknown:
+        raise ValueError(f"unknown configuration key {prefix}{unknown[0]}; known: {', '.join(types)}")
+    built = {}
+    for name, value in values.items():
+        kind = types[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix}{name} must be a mapping, got {value!r}")
+            built[name] = _build(kind, value, f"{prefix}{name}.")
+        elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            built[name] = float(value)
+        elif kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+            built[name] = _number(value, prefix + name)
+        elif isinstance(value, typing.get_origin(kind) or kind) and not (kind is int and isinstance(value, bool)):
+            built[name] = value
+        else:
+            raise ValueError(f"{prefix}{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+    return cls(**built)
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, got {text!r}") from None

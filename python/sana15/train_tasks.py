@@ -1,0 +1,149 @@
+"""What the training loop trains: the autoencoder, and the transformer together with its text encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from . import flow
+from .autoencoder import MINI, Autoencoder
+from .checkpoint import save_transformer
+from .config import SanaConfig
+from .data import Batch, SceneBatches
+from .model import SanaTransformer
+from .pipeline import Pipeline
+from .text import MiniTextEncoder
+from .train_config import TrainConfig
+
+VALIDATION_SEED = 10_000_019  # pictures that training never renders
+
+
+class AutoencoderTask:
+    """Reconstruction of rendered scenes by the mini autoencoder."""
+
+    def __init__(self, config: TrainConfig, device: str) -> None:
+        self.config, self.device = config.autoencoder, device
+        self.module: nn.Module = Autoencoder.build(MINI).to(device)
+        self.validation = SceneBatches(VALIDATION_SEED, 64, 1)[0].pictures.to(device)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        pictures = batch.pictures.to(self.device)
+        latents = self.module.encode(pictures)
+        if self.config.latent_noise:
+            noise = torch.randn(latents.shape, generator=generator).to(self.device)
+            latents = latents + self.config.latent_noise * latents.detach().std() * noise
+        error = self.module.decode(latents).float() - pictures
+        edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+        return error.abs().mean() + self.config.edge_weight * edges
+
+    def sample(self, folder: Path, step: int) -> dict[str, float]:
+        out = self.module(self.validation).clamp(-1, 1)
+        error = ((out - self.validation) / 2).square().mean()
+        rows = torch.cat([self.validation[:16], out[:16]])
+        _grid(rows, 16).save(_made(folder) / f"{step:08d}.png")
+        return {"psnr": -10 * torch.log10(error).item()}
+
+    def export(self, folder: Path) -> None:
+        """Fixes the scaling factor so that latents have unit variance, and saves in half precision."""
+        latents = torch.cat([self.module.model.encode(SceneBatches(VALIDATION_SEED, 256, 2)[1].pictures.to(self.device)).latent])
+        model = self.module.model
+        model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        model.half().save_pretrained(_made(folder))
+        model.float()
+
+
+class TransformerTask:
+    """Flow matching on the latents of rendered scenes; the small text encoder is trained along."""
+
+    def __init__(self, config: TrainConfig, device: str) -> None:
+        from .scenes import WORDS
+
+        self.config, self.device, self.run = config.transformer, device, config
+        if not self.config.autoencoder:
+            raise ValueError("transformer.autoencoder must name the folder of a trained autoencoder")
+        self.autoencoder = Autoencoder.load(self.config.autoencoder).requires_grad_(False).to(device)
+        text = MiniTextEncoder(list(WORDS), self.config.text_width, self.config.text_heads)
+        sizes = {"caption_channels": self.config.text_width, "in_channels": self.autoencoder.channels}
+        model = SanaTransformer(SanaConfig.named(self.config.size, out_channels=self.autoencoder.channels, **sizes))
+        initialise(model)
+        model.gradient_checkpointing = self.config.gradient_checkpointing
+        self.module: nn.Module = nn.ModuleDict({"text": text, "transformer": model}).to(device)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        count = len(batch.prompts)
+        dropped = torch.rand(count, generator=generator) < self.config.caption_drop
+        prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), batch.prompts)]
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+            x0 = self.autoencoder.encode(batch.pictures.to(self.device))
+        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        sigma = flow.sample_sigmas(count, generator, flow_shift=self.config.flow_shift).to(self.device)
+        text, mask = self.module["text"].encode(prompts)
+        return flow.loss(lambda x, t: self.module["transformer"](x, text, t, mask), x0, noise, sigma).mean()
+
+    def pipeline(self) -> Pipeline:
+        return Pipeline(self.module["text"], self.module["transformer"], self.autoencoder, self.config.flow_shift)
+
+    def sample(self, folder: Path, step: int) -> dict[str, float]:
+        """A grid of fixed prompts and seeds, and the exact checker's score on a fixed part of the test set."""
+        from .scenes import check, spec_from_metadata, test_prompts
+
+        entries = test_prompts()[::5]
+        made = self.pipeline()(
+            [entry["prompt"] for entry in entries], n=1, seed=1, steps=self.run.sample_steps,
+            guidance=self.run.sample_guidance, batch_size=64,
+        )  # fmt: skip
+        correct: dict[str, list[bool]] = {}
+        for entry, pictures in zip(entries, made):
+            correct.setdefault(entry["tag"], []).append(check(pictures[0], spec_from_metadata(entry)).correct)
+        sheet = Image.new("RGB", (10 * 66, 6 * 66), "white")
+        for i, pictures in enumerate(made[:60]):
+            sheet.paste(pictures[0], (i % 10 * 66, i // 10 * 66))
+        sheet.save(_made(folder) / f"{step:08d}.png")
+        scores = {f"score_{tag}": sum(c) / len(c) for tag, c in correct.items()}
+        return scores | {"score": sum(scores.values()) / len(scores)}
+
+    def export(self, folder: Path) -> None:
+        """A pipeline folder in diffusers' layout, half precision."""
+        save_transformer(self.module["transformer"], _made(folder) / "transformer", dtype=torch.float16)
+        self.module["text"].save(folder / "text_encoder")
+        self.autoencoder.model.half().save_pretrained(folder / "vae")
+        self.autoencoder.model.float()
+        scheduler = {
+            "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2,
+            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.config.flow_shift,
+        }  # fmt: skip
+        _made(folder / "scheduler").joinpath("scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+
+
+def initialise(model: SanaTransformer) -> None:
+    """SANA's initialisation for training from scratch (released code): Xavier linear layers, N(0, 0.02) embedders.
+
+    Its text norm starts at 0.01, which tames Gemma's large features; ours are trained along and start at 1.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(model.config.width, -1))
+    for part in (model.time_embed, model.caption_projection):
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+
+
+def _grid(pictures: torch.Tensor, columns: int) -> Image.Image:
+    """[K, 3, H, W] in [-1, 1] as rows of `columns` pictures."""
+    values = (pictures * 127.5 + 127.5).round().byte().cpu()
+    K, _, H, W = values.shape
+    rows = values.view(K // columns, columns, 3, H, W).permute(0, 3, 1, 4, 2).reshape(K // columns * H, columns * W, 3)
+    return Image.fromarray(rows.numpy())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
