@@ -1,0 +1,80 @@
+"""sana15.checkpoint: diffusers folders, both ways, strict, and never half-written."""
+
+import json
+
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+from test_model import SMALL, batch, pair
+
+from sana15 import SanaConfig, SanaTransformer
+from sana15.checkpoint import WEIGHTS, load_transformer, save_transformer
+
+
+@pytest.mark.parametrize("shard", ["10GB", "100KB"])
+def test_loads_what_diffusers_saves(tmp_path, shard):
+    theirs, ours = pair()
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (shard == "10GB") == (tmp_path / WEIGHTS).exists()
+    loaded = load_transformer(tmp_path)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    with torch.no_grad():
+        assert torch.equal(loaded(*batch().values()), ours(*batch().values()))
+
+
+def test_diffusers_loads_what_we_save(tmp_path):
+    theirs, ours = pair()
+    save_transformer(ours, tmp_path / "transformer")
+    loaded = SanaTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert loaded.config.num_layers == SMALL["num_layers"]
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_dtype(tmp_path):
+    _, ours = pair()
+    save_transformer(ours, tmp_path / "half", dtype=torch.float16)
+    assert load_transformer(tmp_path / "half", dtype=torch.bfloat16).proj_out.weight.dtype == torch.bfloat16
+    assert ours.proj_out.weight.dtype == torch.float32
+
+
+def test_missing_damaged_and_unfitting(tmp_path):
+    _, ours = pair()
+    folder = tmp_path / "t"
+    save_transformer(ours, folder)
+    config = json.loads((folder / "config.json").read_text())
+
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    with pytest.raises(ValueError, match="23 tensors missing"):
+        load_transformer(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 1}))
+    with pytest.raises(ValueError, match="23 tensors unexpected"):
+        load_transformer(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"caption_channels": 24}))
+    with pytest.raises(ValueError, match=r"caption_projection.linear_1.weight is \[96, 20\]"):
+        load_transformer(folder)
+
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = (folder / WEIGHTS).read_bytes()
+    for damage in (weights[: len(weights) // 2], b"", b"\xff" * 100):
+        (folder / WEIGHTS).write_bytes(damage)
+        with pytest.raises(ValueError, match="is damaged"):
+            load_transformer(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match="holds no"):
+        load_transformer(folder)
+
+
+def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
+    _, ours = pair()
+    save_transformer(ours, tmp_path / "t")
+    before = (tmp_path / "t" / WEIGHTS).read_bytes()
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("sana15.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_transformer(SanaTransformer(SanaConfig(**SMALL)), tmp_path / "t")
+    assert (tmp_path / "t" / WEIGHTS).read_bytes() == before
