@@ -110,9 +110,9 @@ SIZES = {
     # Trained by this project on rendered scenes; see docs/mini.md.
     "mini": SanaConfig(
         num_layers=12,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_cross_attention_heads=4,
-        cross_attention_head_dim=48,
+        cross_attention_head_dim=32,
         in_channels=16,
         out_channels=16,
         caption_channels=128,

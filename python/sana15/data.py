@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .scenes import render_batch, sample_training
+from .scenes.render import render_batch
+from .scenes.training import sample_training
 
 
 class Batch(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -16,6 +17,9 @@ from .config import SanaConfig
 from .data import Batch, SceneBatches
 from .model import SanaTransformer
 from .pipeline import Pipeline
+from .scenes.checker import check
+from .scenes.prompts import word_list
+from .scenes.testset import load as test_set
 from .text import MiniTextEncoder
 from .train_config import TrainConfig
 
@@ -60,13 +64,11 @@ class TransformerTask:
     """Flow matching on the latents of rendered scenes; the small text encoder is trained along."""
 
     def __init__(self, config: TrainConfig, device: str) -> None:
-        from .scenes import WORDS
-
         self.config, self.device, self.run = config.transformer, device, config
         if not self.config.autoencoder:
             raise ValueError("transformer.autoencoder must name the folder of a trained autoencoder")
         self.autoencoder = Autoencoder.load(self.config.autoencoder).requires_grad_(False).to(device)
-        text = MiniTextEncoder(list(WORDS), self.config.text_width, self.config.text_heads)
+        text = MiniTextEncoder(list(word_list()), self.config.text_width, self.config.text_heads)
         sizes = {"caption_channels": self.config.text_width, "in_channels": self.autoencoder.channels}
         model = SanaTransformer(SanaConfig.named(self.config.size, out_channels=self.autoencoder.channels, **sizes))
         initialise(model)
@@ -89,16 +91,14 @@ class TransformerTask:
 
     def sample(self, folder: Path, step: int) -> dict[str, float]:
         """A grid of fixed prompts and seeds, and the exact checker's score on a fixed part of the test set."""
-        from .scenes import check, spec_from_metadata, test_prompts
-
-        entries = test_prompts()[::5]
+        entries = test_set()[::5]
         made = self.pipeline()(
             [entry["prompt"] for entry in entries], n=1, seed=1, steps=self.run.sample_steps,
             guidance=self.run.sample_guidance, batch_size=64,
         )  # fmt: skip
         correct: dict[str, list[bool]] = {}
         for entry, pictures in zip(entries, made):
-            correct.setdefault(entry["tag"], []).append(check(pictures[0], spec_from_metadata(entry)).correct)
+            correct.setdefault(entry["tag"], []).append(check(np.asarray(pictures[0]), entry).correct)
         sheet = Image.new("RGB", (10 * 66, 6 * 66), "white")
         for i, pictures in enumerate(made[:60]):
             sheet.paste(pictures[0], (i % 10 * 66, i // 10 * 66))

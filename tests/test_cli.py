@@ -1,0 +1,34 @@
+"""The command line: what it prints, its exit codes, one clear line for every error."""
+
+import pytest
+
+from sana15.cli import main
+
+
+def test_info(capsys):
+    assert main(["info", "4800M"]) == 0
+    assert capsys.readouterr().out.startswith("4,721,825,952 parameters, 60 blocks of 77,929,600")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["info", "5B"], 2, "unknown model size '5B'"),
+        (["sample", "a red circle", "--model", "{tmp}", "--out", "{tmp}/out"], 3, "is not a pipeline folder"),
+        (["train", "{tmp}/missing.yaml"], 3, "missing.yaml"),
+        (["train", "{tmp}/bad.yaml"], 2, "unknown configuration key stpes"),
+    ],
+)
+def test_errors(arguments, code, message, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("stpes: 3\n")
+    assert main([a.format(tmp=tmp_path) for a in arguments]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage():
+    with pytest.raises(SystemExit) as stop:
+        main(["paint"])
+    assert stop.value.code == 2

@@ -1,0 +1,105 @@
+"""The training loop: configuration, resuming, and that it learns."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sana15.pipeline import Pipeline
+from sana15.train import learning_rate, train
+from sana15.train_config import TrainConfig, load_config
+
+TINY = ["batch_size=4", "log_every=1", "save_every=3", "sample_every=100", "sample_steps=1", "warmup=2", "workers=0"]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ae")
+    return train(load_config(None, [*TINY, "task=autoencoder", f"out={out}", "steps=4"]))
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_autoencoder_learns_and_exports(autoencoder):
+    from sana15.autoencoder import Autoencoder
+    from sana15.data import SceneBatches
+
+    losses = [m["loss"] for m in metrics(autoencoder.parent) if "loss" in m]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    latents = Autoencoder.load(autoencoder).encode(SceneBatches(5, 16, 1)[0].pictures)
+    assert 0.5 < latents.std() < 2.0  # the scaling factor gives about unit variance
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(autoencoder, tmp_path):
+    common = [*TINY, "task=autoencoder", "steps=6", "seed=3"]
+    straight = train(load_config(None, [*common, f"out={tmp_path / 'a'}"]))
+    train(load_config(None, [*common[:-2], "steps=4", "seed=3", f"out={tmp_path / 'b'}"]))
+    # As if killed after step 4 with a half-written checkpoint and a cut-off line behind it.
+    (tmp_path / "b" / "checkpoint.partial").mkdir()
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    resumed = train(load_config(None, [*common, f"out={tmp_path / 'b'}"]))
+    a, b = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (straight, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    steps = [m["step"] for m in metrics(tmp_path / "b") if "loss" in m]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_transformer_trains_samples_and_exports(autoencoder, tmp_path):
+    options = [*TINY, f"out={tmp_path}", "steps=2", f"transformer.autoencoder={autoencoder}", "precision=bf16"]
+    exported = train(load_config(None, options))
+    assert all(torch.isfinite(torch.tensor(m["loss"])) for m in metrics(tmp_path) if "loss" in m)
+    assert 0 <= next(m["score"] for m in metrics(tmp_path) if "score" in m) <= 1
+    assert (tmp_path / "samples" / "00000002.png").exists()
+    pipe = Pipeline.from_pretrained(exported)
+    assert pipe("a red circle", steps=1)[0][0].size == (64, 64)
+    assert pipe.config.num_layers == 12
+
+
+def test_another_configuration_in_the_same_folder_is_refused(autoencoder):
+    with pytest.raises(ValueError, match="run with another lr"):
+        train(load_config(None, [*TINY, "task=autoencoder", f"out={autoencoder.parent}", "steps=4", "lr=0.5"]))
+
+
+def test_learning_rate():
+    config = TrainConfig(lr=1.0, warmup=4, steps=10, schedule="cosine")
+    rates = [learning_rate(config, step) for step in range(10)]
+    assert rates[0] == 0.25
+    assert max(rates) == rates[3]
+    assert rates[9] < 0.05
+
+
+def test_config_files_and_overrides(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("steps: 7\ntransformer:\n  flow_shift: 2\n")
+    config = load_config(path, ["lr=1e-4", "transformer.caption_drop=0.2", "betas=[0.8, 0.9]"])
+    assert (config.steps, config.lr, config.transformer.flow_shift) == (7, 1e-4, 2.0)
+    assert (config.transformer.caption_drop, config.betas) == (0.2, [0.8, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["stpes=3"], "unknown configuration key stpes"),
+        (["transformer.shift=3"], "unknown configuration key transformer.shift"),
+        (["steps=many"], "steps must be int"),
+        (["steps=0"], "steps must be at least 1"),
+        (["precision=fp8"], "precision must be one of"),
+        (["lr"], "must have the form key=value"),
+        (["transformer=3"], "transformer must be a mapping"),
+    ],
+)
+def test_bad_configuration(overrides, match):
+    with pytest.raises(ValueError, match=match):
+        load_config(None, overrides)
+
+
+def test_shipped_configurations_are_valid():
+    from pathlib import Path
+
+    for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")):
+        load_config(path, [])
