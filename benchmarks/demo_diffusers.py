@@ -11,6 +11,7 @@ diffusers' SanaPipeline is used instead.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -65,7 +66,9 @@ def build_pipeline() -> SanaPipeline:
     scheduler = DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++", flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
     )
-    return SanaPipeline(tokenizer, text_encoder.eval(), AutoencoderDC(**DC_AE_F32C32).eval(), transformer.eval(), scheduler)
+    return SanaPipeline(
+        tokenizer, text_encoder.eval(), AutoencoderDC(**DC_AE_F32C32).eval(), transformer.eval(), scheduler
+    )
 
 
 def build_tokenizer():
@@ -76,14 +79,19 @@ def build_tokenizer():
     bpe = ByteLevelBPETokenizer()
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     bpe.train_from_iterator(
-        [__doc__, PROMPT, *diffusers.SanaPipeline.__call__.__doc__.splitlines()], 4096, special_tokens=special, show_progress=False
+        [__doc__, PROMPT, *diffusers.SanaPipeline.__call__.__doc__.splitlines()],
+        4096,
+        special_tokens=special,
+        show_progress=False,
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
     )
 
 
-def generate(pipe: SanaPipeline, args: argparse.Namespace, steps: int) -> tuple[torch.Tensor, Image.Image, list[float], float]:
+def generate(
+    pipe: SanaPipeline, args: argparse.Namespace, steps: int
+) -> tuple[torch.Tensor, Image.Image, list[float], float]:
     """(final latents, picture, seconds of each denoising step, seconds of everything after the last step)."""
     marks: list[float] = []
     latents: list[torch.Tensor] = []
@@ -107,12 +115,14 @@ def generate(pipe: SanaPipeline, args: argparse.Namespace, steps: int) -> tuple[
         ).images[0]  # fmt: skip
     finally:
         del pipe.transformer.forward
-    return latents[-1], picture, [b - a for a, b in zip(marks, marks[1:])], time.perf_counter() - marks[-1]
+    return latents[-1], picture, [b - a for a, b in itertools.pairwise(marks)], time.perf_counter() - marks[-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels, a multiple of 32 (default 512)")
+    parser.add_argument(
+        "--size", type=int, default=512, help="side of the picture in pixels, a multiple of 32 (default 512)"
+    )
     parser.add_argument("--steps", type=int, default=2, help="denoising steps (default 2)")
     parser.add_argument("--model", help="folder of a SanaPipeline saved by diffusers (default: random weights)")
     parser.add_argument("--seed", type=int, default=0)
@@ -156,7 +166,9 @@ def main() -> None:
     for i, (a, b) in enumerate(zip(stock_steps, steps)):
         print(f"{i + 1:>5} {a:>9.2f} {b:>10.2f} {a / b:>6.2f}")
     ratio = statistics.median(a / b for a, b in zip(stock_steps, steps))
-    print(f"median ratio {ratio:.2f}; largest difference of the final latents {difference:.3g} (largest value {scale:.3g})")
+    print(
+        f"median ratio {ratio:.2f}; largest difference of the final latents {difference:.3g} (largest value {scale:.3g})"
+    )
 
     args.out.mkdir(parents=True, exist_ok=True)
     sheet = Image.new("RGB", (2 * args.size, args.size + 20), "white")

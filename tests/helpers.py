@@ -24,7 +24,10 @@ def outputs_and_gradients(
     fn: Callable[..., Any], inputs: dict[str, torch.Tensor | None], seed: int
 ) -> dict[str, torch.Tensor]:
     """Runs fn(**inputs), backpropagates a fixed random cotangent, returns {"out0": ..., "d<name>": ...}."""
-    leaves = {k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_() if v is not None else None for k, v in inputs.items()}
+    leaves = {
+        k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_() if v is not None else None
+        for k, v in inputs.items()
+    }
     result = fn(**leaves)
     outs = result if isinstance(result, tuple) else (result,)
     cotangents = [rand(seed + 77 + i, *o.shape).to(o) for i, o in enumerate(outs)]
@@ -111,12 +114,15 @@ def gradcheck(fn: Callable[..., Any], inputs: Sequence[torch.Tensor | None]) -> 
 
 def opcheck(op: Any, args: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> None:
     """All four parts of torch.library.opcheck."""
-    cast = tuple(a.to(dtype).requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    cast = tuple(
+        a.to(dtype).requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    )
     torch.library.opcheck(op, cast)
 
 
 def assert_compiles(fn: Callable[..., Any], inputs: Sequence[Any]) -> None:
     """fullgraph=True under dynamo and AOT autograd: same outputs and gradients as eager, bitwise."""
+
     def run(f: Callable[..., Any]) -> list[torch.Tensor]:
         leaves = [t.detach().clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in inputs]
         result = f(*leaves)

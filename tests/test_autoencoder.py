@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers import rand
-
 from sana15.autoencoder import MINI, Autoencoder
 
 

@@ -1,7 +1,6 @@
 """The command line: what it prints, its exit codes, one clear line for every error."""
 
 import pytest
-
 from sana15.cli import main
 
 

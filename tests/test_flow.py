@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from helpers import rand
-
 from sana15 import flow
 
 
@@ -31,7 +30,9 @@ def diffusers_scheduler(sampler, steps):
 def test_steps_equal_diffusers(sampler, steps):
     scheduler = diffusers_scheduler(sampler, steps)
     plan = flow.schedule(steps, sampler=sampler)
-    torch.testing.assert_close(torch.tensor(plan.timesteps).double(), scheduler.timesteps.double(), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(plan.timesteps).double(), scheduler.timesteps.double(), rtol=1e-6, atol=1e-4
+    )
     torch.testing.assert_close(torch.tensor(plan.sigmas).float(), scheduler.sigmas.float(), rtol=1e-6, atol=1e-6)
     state = flow.SamplerState(rand(0, 2, 4, 3, 3).float())
     theirs = state.latents.clone()
@@ -92,7 +93,7 @@ def test_pause_and_keep_equal_an_uninterrupted_run():
 def test_training_noise_levels():
     sigma = flow.sample_sigmas(200_000, torch.Generator().manual_seed(0))
     assert sigma.dtype == torch.float32
-    assert 0 <= sigma.min() and sigma.max() < 1
+    assert sigma.min() >= 0 and sigma.max() < 1
     # Logit-normal with median 1/2 before the shift: the median after it is shift(1/2) = 3/4.
     assert sigma.median().item() == pytest.approx(flow.shift(0.5, 3.0), abs=5e-3)
     assert torch.equal(sigma[:9], flow.sample_sigmas(200_000, torch.Generator().manual_seed(0))[:9])
@@ -120,7 +121,9 @@ def test_guidance():
     assert not flow.guidance_is_on(950, 4.5, (0.1, 0.9))
 
 
-@pytest.mark.parametrize(("arguments", "match"), [({"steps": 0}, "steps"), ({"steps": 2, "sampler": "ddim"}, "sampler")])
+@pytest.mark.parametrize(
+    ("arguments", "match"), [({"steps": 0}, "steps"), ({"steps": 2, "sampler": "ddim"}, "sampler")]
+)
 def test_bad_schedule(arguments, match):
     with pytest.raises(ValueError, match=match):
         flow.schedule(**arguments)

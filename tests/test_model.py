@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 from helpers import EPS32, rand
-
 from sana15 import SanaConfig, SanaTransformer
 from sana15.config import SIZES
 
@@ -107,7 +106,13 @@ def test_low_precision_is_no_worse_than_diffusers(mode):
 
 @pytest.mark.parametrize("size", [s for s in SIZES if s != "mini"])
 def test_published_parameter_counts(size):
-    counts = {"600M": 591_876_896, "1600M": 1_604_641_952, "2400M": 2_383_937_952, "3200M": 3_163_233_952, "4800M": 4_721_825_952}
+    counts = {
+        "600M": 591_876_896,
+        "1600M": 1_604_641_952,
+        "2400M": 2_383_937_952,
+        "3200M": 3_163_233_952,
+        "4800M": 4_721_825_952,
+    }
     with torch.device("meta"):
         model = SanaTransformer(SanaConfig.named(size))
     assert sum(p.numel() for p in model.parameters()) == counts[size]

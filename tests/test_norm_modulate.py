@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from helpers import DTYPES, assert_compiles, assert_matches, assert_thread_independent, dtype_id, gradcheck, opcheck, rand
+from helpers import (
+    DTYPES,
+    assert_compiles,
+    assert_matches,
+    assert_thread_independent,
+    dtype_id,
+    gradcheck,
+    opcheck,
+    rand,
+)
 
 import sana_ext
 from sana_ext import reference
@@ -71,11 +80,15 @@ def test_strided_input(name):
         else:
             strided[k] = torch.stack([v, v * 9], 2).select(2, 0)[:, None]
     got = op(**strided)
-    for a, b in zip(expected if isinstance(expected, tuple) else (expected,), got if isinstance(got, tuple) else (got,)):
+    for a, b in zip(
+        expected if isinstance(expected, tuple) else (expected,), got if isinstance(got, tuple) else (got,)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
     expanded = {k: v[:1].expand_as(v) for k, v in inputs.items()}
     a, b = op(**expanded), op(**{k: v.contiguous() for k, v in expanded.items()})
-    assert all(torch.equal(s, t) for s, t in zip(a if isinstance(a, tuple) else (a,), b if isinstance(b, tuple) else (b,)))
+    assert all(
+        torch.equal(s, t) for s, t in zip(a if isinstance(a, tuple) else (a,), b if isinstance(b, tuple) else (b,))
+    )
 
 
 @every_op

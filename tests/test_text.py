@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from sana15.text import GemmaTextEncoder, MiniTextEncoder, complex_human_instruction
 from tokenizers import ByteLevelBPETokenizer
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
-
-from sana15.text import GemmaTextEncoder, MiniTextEncoder, complex_human_instruction
 
 PROMPTS = ["A Red circle ", "", "two blue squares left of a star " * 40]
 
@@ -16,7 +15,9 @@ def gemma():
     bpe.train_from_iterator(
         [complex_human_instruction(), *PROMPTS], 400, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,

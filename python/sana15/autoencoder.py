@@ -62,8 +62,15 @@ class Autoencoder(nn.Module):
         return self.model.config.latent_channels
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        if pictures.dim() != 4 or pictures.shape[1] != 3 or pictures.shape[2] % self.factor or pictures.shape[3] % self.factor:
-            raise ValueError(f"pictures must be [B, 3, H, W] with sides divisible by {self.factor}, got {list(pictures.shape)}")
+        if (
+            pictures.dim() != 4
+            or pictures.shape[1] != 3
+            or pictures.shape[2] % self.factor
+            or pictures.shape[3] % self.factor
+        ):
+            raise ValueError(
+                f"pictures must be [B, 3, H, W] with sides divisible by {self.factor}, got {list(pictures.shape)}"
+            )
         return self.model.encode(pictures).latent * self.model.config.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,9 @@ def load_transformer(folder: str | Path, *, dtype: torch.dtype = torch.float32) 
     files = weight_files(folder)
     missing, unexpected = sorted(expected.keys() - files.keys()), sorted(files.keys() - expected.keys())
     if missing or unexpected:
-        raise ValueError(f"{folder} does not fit its config: {_list('missing', missing)}{_list('unexpected', unexpected)}")
+        raise ValueError(
+            f"{folder} does not fit its config: {_list('missing', missing)}{_list('unexpected', unexpected)}"
+        )
     state = {}
     for path in sorted(set(files.values())):
         with _open(path) as stored:

@@ -52,7 +52,10 @@ def _png_info(args: argparse.Namespace, prompt: str, index: int, candidate: int)
         "model": str(args.model),
     }  # fmt: skip
     info = PngInfo()
-    info.add_text("parameters", f"{prompt}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {args.guidance}, Seed: {args.seed}")
+    info.add_text(
+        "parameters",
+        f"{prompt}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {args.guidance}, Seed: {args.seed}",
+    )
     info.add_text("sana15", json.dumps(values))
     return info
 
@@ -67,8 +70,10 @@ def _info(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = SanaTransformer(config)
     block = sum(p.numel() for p in model.transformer_blocks[0].parameters())
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.num_layers} blocks of {block:,}; width {config.width}, "
-          f"{config.num_attention_heads} heads of {config.attention_head_dim}, Mix-FFN {config.hidden}, qk-norm {config.qk_norm or 'none'}")  # fmt: skip
+    total = sum(p.numel() for p in model.parameters())
+    heads = f"{config.num_attention_heads} heads of {config.attention_head_dim}"
+    print(f"{total:,} parameters, {config.num_layers} blocks of {block:,}; width {config.width}, {heads}, ", end="")
+    print(f"Mix-FFN {config.hidden}, qk-norm {config.qk_norm or 'none'}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train from a YAML configuration; the same command resumes")
     train.add_argument("config", nargs="?", help="YAML file (default: built-in defaults)")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as transformer.flow_shift=2")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides, such as transformer.flow_shift=2"
+    )
     train.set_defaults(run=_train)
 
     sample = commands.add_parser("sample", help="pictures for prompts")

@@ -53,7 +53,9 @@ class SanaConfig:
         if self.dropout != 0.0 or self.norm_elementwise_affine:
             raise ValueError("SanaConfig: dropout and affine norms are not part of SANA; no released model has them")
         if self.cross_attention_dim not in (None, self.width):
-            raise ValueError(f"SanaConfig.cross_attention_dim must be the width {self.width}, got {self.cross_attention_dim}")
+            raise ValueError(
+                f"SanaConfig.cross_attention_dim must be the width {self.width}, got {self.cross_attention_dim}"
+            )
 
     @property
     def width(self) -> int:
@@ -97,12 +99,16 @@ class SanaConfig:
 
 
 def _wide(layers: int) -> SanaConfig:  # width 2240; SANA-1.5 grows in depth only
-    return SanaConfig(num_layers=layers, num_attention_heads=70, num_cross_attention_heads=20, cross_attention_head_dim=112)
+    return SanaConfig(
+        num_layers=layers, num_attention_heads=70, num_cross_attention_heads=20, cross_attention_head_dim=112
+    )
 
 
 #: arXiv:2501.18427, table of model sizes, with qk-norm throughout (SANA-1.0's 600M and 1600M: qk_norm=None).
 SIZES = {
-    "600M": SanaConfig(num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72),
+    "600M": SanaConfig(
+        num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72
+    ),
     "1600M": _wide(20),
     "2400M": _wide(30),
     "3200M": _wide(40),

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 
-import sana_ext
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+import sana_ext
 
 from .config import SanaConfig
 
@@ -175,7 +176,9 @@ class TimeEmbedding(nn.Module):
             self.emb = nn.ModuleDict({"timestep_embedder": Embedder(C)})
         self.linear = Linear(C, 6 * C)
 
-    def forward(self, t: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, t: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if guidance is not None:
             embedded = self.timestep_embedder(t, dtype) + self.guidance_embedder(guidance, dtype)
         else:
@@ -211,7 +214,9 @@ class PatchEmbed(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         if self.interpolation_scale is None:
             return x
-        return (x + position_embedding(height, width, x.shape[-1], self.base, self.interpolation_scale, x.device)).to(x.dtype)
+        return (x + position_embedding(height, width, x.shape[-1], self.base, self.interpolation_scale, x.device)).to(
+            x.dtype
+        )
 
 
 def position_embedding(
@@ -311,7 +316,9 @@ class SanaTransformer(nn.Module):
             raise ValueError(f"latents must be [B, {config.in_channels}, H, W], got {list(latents.shape)}")
         B = latents.shape[0]
         if latents.shape[2] % patch or latents.shape[3] % patch or 0 in latents.shape[2:]:
-            raise ValueError(f"latents' sides must be positive multiples of the patch size {patch}, got {list(latents.shape[2:])}")
+            raise ValueError(
+                f"latents' sides must be positive multiples of the patch size {patch}, got {list(latents.shape[2:])}"
+            )
         if text.dim() != 3 or text.shape[0] != B or text.shape[2] != config.caption_channels or text.shape[1] == 0:
             raise ValueError(f"text must be [{B}, T, {config.caption_channels}] with T >= 1, got {list(text.shape)}")
         if timestep.shape != (B,):

@@ -33,7 +33,9 @@ class Pipeline:
     Build one with `Pipeline.from_pretrained("mini")` or from a folder in diffusers' layout.
     """
 
-    def __init__(self, text: TextEncoder, transformer: SanaTransformer, autoencoder: Autoencoder, flow_shift: float = 3.0) -> None:
+    def __init__(
+        self, text: TextEncoder, transformer: SanaTransformer, autoencoder: Autoencoder, flow_shift: float = 3.0
+    ) -> None:
         self.text, self.transformer, self.autoencoder = text, transformer, autoencoder
         self.flow_shift = flow_shift
 

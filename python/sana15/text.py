@@ -73,7 +73,12 @@ class GemmaTextEncoder:
             prompts = [self.instruction + p for p in prompts]
             length = len(self.tokenizer.encode(self.instruction)) + SELECTED_TOKENS - 2
         tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, add_special_tokens=True, return_tensors="pt"
+            prompts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
         ).to(self.model.device)
         hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         keep = [0, *range(-SELECTED_TOKENS + 1, 0)]
@@ -107,7 +112,9 @@ class MiniTextEncoder(nn.Module):
             if unknown:
                 raise ValueError(f"the mini model does not know {', '.join(map(repr, unknown))} (prompt {prompt!r})")
             if len(words) > self.MAX_WORDS:
-                raise ValueError(f"the mini model reads {self.MAX_WORDS} words, the prompt has {len(words)}: {prompt!r}")
+                raise ValueError(
+                    f"the mini model reads {self.MAX_WORDS} words, the prompt has {len(words)}: {prompt!r}"
+                )
             rows.append([self._index[w] for w in words] or [1])
         longest = max(map(len, rows))
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows])

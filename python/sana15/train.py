@@ -103,7 +103,12 @@ def train(config: TrainConfig) -> Path:
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             rate = seen * config.batch_size / (time.perf_counter() - begin)
-            values = {"loss": total.item() / seen, "lr": learning_rate(config, step), "grad_norm": norm.item(), "images_per_s": rate}
+            values = {
+                "loss": total.item() / seen,
+                "lr": learning_rate(config, step),
+                "grad_norm": norm.item(),
+                "images_per_s": rate,
+            }
             if not math.isfinite(values["loss"]):
                 raise RuntimeError(f"the loss is {values['loss']} at step {done}; the last checkpoint is untouched")
             log.write(done, values)
@@ -188,14 +193,20 @@ def _step_of(line: str) -> float:
 # Checkpoints: out/checkpoint-00001000/{weights,average,optimizer}.safetensors, renamed into place when complete.
 
 
-def save(out: Path, step: int, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer, keep: int) -> None:
+def save(
+    out: Path, step: int, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer, keep: int
+) -> None:
     partial = out / "checkpoint.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     state = optimizer.state_dict()["state"]
-    flat = {f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()}
+    flat = {
+        f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
+    }
     for name, tensors in (("weights", module.state_dict()), ("average", average.values), ("optimizer", flat)):
-        save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, partial / f"{name}.safetensors")
+        save_file(
+            {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, partial / f"{name}.safetensors"
+        )
     target = out / f"checkpoint-{step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -53,7 +53,9 @@ class AutoencoderTask:
 
     def export(self, folder: Path) -> None:
         """Fixes the scaling factor so that latents have unit variance, and saves in half precision."""
-        latents = torch.cat([self.module.model.encode(SceneBatches(VALIDATION_SEED, 256, 2)[1].pictures.to(self.device)).latent])
+        latents = torch.cat(
+            [self.module.model.encode(SceneBatches(VALIDATION_SEED, 256, 2)[1].pictures.to(self.device)).latent]
+        )
         model = self.module.model
         model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         model.half().save_pretrained(_made(folder))

@@ -31,9 +31,7 @@ def tensor(op: str, name: str, value: object, ndim: int | tuple[int, ...], layou
 
 def shape(op: str, name: str, value: torch.Tensor, expected: tuple[int, ...], layout: str) -> None:
     if tuple(value.shape) != tuple(expected):
-        raise ValueError(
-            f"sana_ext.{op}: {name} must have shape {layout} = {list(expected)}, got {list(value.shape)}"
-        )
+        raise ValueError(f"sana_ext.{op}: {name} must have shape {layout} = {list(expected)}, got {list(value.shape)}")
 
 
 def together(op: str, **tensors: torch.Tensor | None) -> None:

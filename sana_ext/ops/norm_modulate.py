@@ -21,12 +21,16 @@ def _none(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(0, dtype=accumulator_dtype(like.dtype))
 
 
-def _norm_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, out_dtype: torch.dtype) -> Any:
+def _norm_modulate(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, out_dtype: torch.dtype
+) -> Any:
     n = reference.norm_modulate(x, shift, scale, eps=eps, out_dtype=out_dtype).contiguous()
     return n, *reference.row_statistics(x, eps)
 
 
-def _norm_modulate_fake(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, out_dtype: torch.dtype) -> Any:
+def _norm_modulate_fake(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, out_dtype: torch.dtype
+) -> Any:
     stats = x.new_empty(x.shape[:2], dtype=accumulator_dtype(x.dtype))
     return x.new_empty(x.shape, dtype=out_dtype), stats, torch.empty_like(stats)
 
@@ -77,7 +81,9 @@ def _gated_residual_backward_fake(dout: torch.Tensor, y: torch.Tensor, gate: tor
     return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
-define(STEM, "gated_residual_forward", "(Tensor x, Tensor y, Tensor gate) -> Tensor", _gated_residual, _gated_residual_fake)
+define(
+    STEM, "gated_residual_forward", "(Tensor x, Tensor y, Tensor gate) -> Tensor", _gated_residual, _gated_residual_fake
+)
 define(
     STEM,
     "gated_residual_backward",
@@ -230,7 +236,9 @@ def _out_dtype(op: str, wanted: torch.dtype | None, default: torch.dtype, device
     dtype = wanted or default
     supported = check.SUPPORTED.get(device.type, (dtype,))
     if dtype not in supported or (dtype == torch.float64) != (default == torch.float64):
-        raise TypeError(f"sana_ext.{op}: out_dtype {check.short(dtype)} is not supported for {check.short(default)} input on {device.type}")
+        raise TypeError(
+            f"sana_ext.{op}: out_dtype {check.short(dtype)} is not supported for {check.short(default)} input on {device.type}"
+        )
     return dtype
 
 
