@@ -93,7 +93,8 @@ def test_pause_and_keep_equal_an_uninterrupted_run():
 def test_training_noise_levels():
     sigma = flow.sample_sigmas(200_000, torch.Generator().manual_seed(0))
     assert sigma.dtype == torch.float32
-    assert sigma.min() >= 0 and sigma.max() < 1
+    assert sigma.min() >= 0
+    assert sigma.max() < 1
     # Logit-normal with median 1/2 before the shift: the median after it is shift(1/2) = 3/4.
     assert sigma.median().item() == pytest.approx(flow.shift(0.5, 3.0), abs=5e-3)
     assert torch.equal(sigma[:9], flow.sample_sigmas(200_000, torch.Generator().manual_seed(0))[:9])
