@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import rand
+
 from sana15.autoencoder import MINI, Autoencoder
 
 

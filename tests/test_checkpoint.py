@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
+from test_model import SMALL, batch, pair
+
 from sana15 import SanaConfig, SanaTransformer
 from sana15.checkpoint import WEIGHTS, load_transformer, save_transformer
-from test_model import SMALL, batch, pair
 
 
 @pytest.mark.parametrize("shard", ["10GB", "100KB"])

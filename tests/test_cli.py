@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, one clear line for every error."""
 
 import pytest
+
 from sana15.cli import main
 
 

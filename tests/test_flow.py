@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from helpers import rand
+
 from sana15 import flow
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 from helpers import EPS32, rand
+
 from sana15 import SanaConfig, SanaTransformer
 from sana15.config import SIZES
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from sana15 import SanaConfig, SanaTransformer
 from sana15.autoencoder import MINI, Autoencoder
 from sana15.pipeline import Pipeline, noise

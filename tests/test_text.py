@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from sana15.text import GemmaTextEncoder, MiniTextEncoder, complex_human_instruction
 from tokenizers import ByteLevelBPETokenizer
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+from sana15.text import GemmaTextEncoder, MiniTextEncoder, complex_human_instruction
 
 PROMPTS = ["A Red circle ", "", "two blue squares left of a star " * 40]
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from sana15.pipeline import Pipeline
 from sana15.train import learning_rate, train
 from sana15.train_config import TrainConfig, load_config
