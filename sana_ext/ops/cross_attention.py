@@ -14,8 +14,8 @@ from ._library import accumulator_dtype, define, differentiable
 STEM = "linear"
 _op = torch.ops.sana_ext
 
-#: Elements of one block's [images, heads, N, T] probabilities in the backward (64 MB of fp32).
-BLOCK_ELEMENTS = 1 << 24
+#: Elements of one block's [images, heads, N, T] probabilities in the backward: 4 MB of fp32, what a cache holds.
+BLOCK_ELEMENTS = 1 << 20
 
 
 # Schema and default kernels. No compiled kernel: torch's fp32 attention and fp32 matrix products are what is wanted.

@@ -69,12 +69,15 @@ def cross_attention_backward(
     p = (q @ k.mT).mul_(scale)
     mask = attention_mask(mask)
     if mask is not None:
-        p = p.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else p.add_(mask)
-    empty = p.amax(-1, keepdim=True) == float("-inf") if mask is not None else None
+        # Where no key is left, softmax of any row does as long as nothing flows back through it.
+        empty = ((~mask) if mask.dtype == torch.bool else mask == float("-inf")).all(-1, keepdim=True)
+        dout = dout.masked_fill(empty, 0)
+        if mask.dtype == torch.bool:
+            p = p.masked_fill_(~(mask | empty), float("-inf"))
+        else:
+            p = p.add_(mask.masked_fill(empty, 0))
     p = torch.softmax(p, -1)
-    if empty is not None:
-        p = p.masked_fill_(empty, 0)
     ds = dout @ v.mT
-    ds = (ds - (p * ds).sum(-1, keepdim=True)).mul_(p)
+    ds = ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
     dq, dk, dv = (ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), p.mT @ dout
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
