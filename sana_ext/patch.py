@@ -153,13 +153,13 @@ def _patch_block(name: str, block: nn.Module, stock: type, report: Report) -> No
     _note_parts(name, block, names_of(stock), report)
 
 
-def _refusal(block: nn.Module, stock: type) -> str | None:
+def _refusal(block: Any, stock: Any) -> str | None:
     if "forward" in vars(block):
         return (
             "its forward was replaced on the instance (an offloading, caching or casting hook, or what a removed one "
             "left), so a new class would never be called; patch before adding hooks"
         )
-    if type(block).forward is not stock.forward:  # type: ignore[attr-defined]
+    if type(block).forward is not stock.forward:
         return f"{type(block).__name__} overrides forward"
     if getattr(block, "attn2", None) is None:
         return "it has no cross-attention"
