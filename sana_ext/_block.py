@@ -125,39 +125,40 @@ def fused_forward(
     width: Any,
 ) -> torch.Tensor:
     low = operand.autocast
-    modulation = block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
+    child, parameter = guards.child, guards.parameter
+    norm1, attn1, attn2, norm2, ff = (child(block, name) for name in plan._fields)
+    modulation = parameter(block, "scale_shift_table")[None] + timestep.reshape(x.shape[0], 6, -1)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)  # [B, C] each
     x = x.contiguous()  # the patch embedding's is channel-major
 
     # Self-attention. The operand takes autocast's dtype at once, one rounding, unless stock code wants to see it.
-    plain = not plan.attn1 and _plain(block.attn1, operand)
-    n = _norm(block.norm1, plan.norm1, x, shift1, scale1, low if low and plain else x.dtype)
-    y = block.attn1(n) if plan.attn1 else _self_attention(block.attn1, n, operand)
+    plain = low and not plan.attn1 and _plain(attn1, operand)
+    n = _norm(norm1, plan.norm1, x, shift1, scale1, low if low and plain else x.dtype)
+    y = attn1(n) if plan.attn1 else _self_attention(attn1, n, operand)
     x = gated_residual(_promoted(x, y, gate1), y, gate1)
 
     # Cross-attention, then the second norm: one pass where both are fused
     operand = operand._replace(dtype=x.dtype)
     if text is not None and _serves(text, mask, x) and not plan.attn2:
-        y = _cross_attention(block.attn2, x, text, mask, operand)
+        y = _cross_attention(attn2, x, text, mask, operand)
     else:
-        y = block.attn2(x, encoder_hidden_states=text, attention_mask=mask)
+        y = attn2(x, encoder_hidden_states=text, attention_mask=mask)
     x = _promoted(x, y)
     out = low if low and not plan.ff else torch.promote_types(x.dtype, modulation.dtype)
     if plan.norm2:
         x = x + y
-        n = _norm(block.norm2, plan.norm2, x, shift2, scale2, out)
+        n = _norm(norm2, plan.norm2, x, shift2, scale2, out)
     else:
-        x, n = residual_norm_modulate(x, y, shift2, scale2, eps=block.norm2.eps, out_dtype=out)
+        x, n = residual_norm_modulate(x, y, shift2, scale2, eps=norm2.eps, out_dtype=out)
 
     # Mix-FFN
-    ff = block.ff
     if plan.ff:
         y = ff(n.unflatten(1, (height, width)).permute(0, 3, 1, 2)).flatten(2, 3).permute(0, 2, 1)
     else:
-        inner, depth = ff.conv_inverted, ff.conv_depth
-        y = glumbconv(
-            n, inner.weight, inner.bias, depth.weight, depth.bias, ff.conv_point.weight, height=height, width=width
-        )
+        inner, depth, point = child(ff, "conv_inverted"), child(ff, "conv_depth"), child(ff, "conv_point")
+        w_in, b_in = parameter(inner, "weight"), parameter(inner, "bias")
+        w_dw, b_dw = parameter(depth, "weight"), parameter(depth, "bias")
+        y = glumbconv(n, w_in, b_in, w_dw, b_dw, parameter(point, "weight"), height=height, width=width)
     return gated_residual(_promoted(x, y, gate2), y, gate2)
 
 
@@ -178,33 +179,41 @@ def _promoted(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(attn: Any, operand: guards.Operand) -> bool:
-    return not any(guards.leaf_reason(leaf, nn.Linear, operand) for leaf in (attn.to_q, attn.to_k, attn.to_v))
+    layers = (guards.child(attn, name) for name in ("to_q", "to_k", "to_v"))
+    return not any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers)
 
 
-def _linear(layer: Any, x: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
+def _linear(attn: Any, name: str, x: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
     """A stock layer's product; any other layer (LoRA, quantised, offloaded, hooked) is called as the module it is."""
+    layer = guards.child(attn, name)
     if guards.leaf_reason(layer, nn.Linear, operand):
         return layer(x)
-    return linear(x, layer.weight, layer.bias)
+    return linear(x, guards.parameter(layer, "weight"), guards.parameter(layer, "bias"))
+
+
+def _output(attn: Any, x: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
+    to_out = guards.child(attn, "to_out")
+    return guards.child(to_out, "1")(_linear(to_out, "0", x, operand))  # the projection, dropout
 
 
 def _self_attention(attn: Any, n: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
-    q, k, v = (_linear(layer, n, operand) for layer in (attn.to_q, attn.to_k, attn.to_v))  # [B, N, H * D]
-    dtype = torch.promote_types(
-        torch.promote_types(q.dtype, k.dtype), v.dtype
-    )  # they differ only where a foreign layer stands
-    q, k, v = (t.to(dtype).unflatten(-1, (attn.heads, -1)) for t in (q, k, v))
-    norm_q, norm_k = attn.norm_q, attn.norm_k
+    q, k, v = (_linear(attn, name, n, operand) for name in ("to_q", "to_k", "to_v"))  # [B, N, H * D]
+    if not q.dtype == k.dtype == v.dtype:  # only where a foreign layer stands
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+    norm_q, norm_k = guards.child(attn, "norm_q"), guards.child(attn, "norm_k")
+    norm = norm_k if norm_q is None else norm_q
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))
     out = linear_attention(
         q,
         k,
         v,
-        weight_q=None if norm_q is None else norm_q.weight,
-        weight_k=None if norm_k is None else norm_k.weight,
-        norm_eps=(norm_q or norm_k).eps if norm_q is not None or norm_k is not None else 1e-5,
+        weight_q=None if norm_q is None else guards.parameter(norm_q, "weight"),
+        weight_k=None if norm_k is None else guards.parameter(norm_k, "weight"),
+        norm_eps=1e-5 if norm is None else norm.eps,
         eps=EPS,
     )
-    y = attn.to_out[1](_linear(attn.to_out[0], out.flatten(2), operand))
+    y = _output(attn, out.flatten(2), operand)
     return y.clip(-FP16_LIMIT, FP16_LIMIT) if operand.dtype == torch.float16 else y
 
 
@@ -220,15 +229,15 @@ def _serves(text: torch.Tensor, mask: torch.Tensor | None, x: torch.Tensor) -> b
 def _cross_attention(
     attn: Any, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, operand: guards.Operand
 ) -> torch.Tensor:
-    q = _linear(attn.to_q, x, operand)
-    k, v = (_linear(layer, text, operand) for layer in (attn.to_k, attn.to_v))
-    if attn.norm_q is not None:
-        q = attn.norm_q(q)
-    if attn.norm_k is not None:
-        k = attn.norm_k(k)
+    q = _linear(attn, "to_q", x, operand)
+    k, v = (_linear(attn, name, text, operand) for name in ("to_k", "to_v"))
+    norm_q, norm_k = guards.child(attn, "norm_q"), guards.child(attn, "norm_k")
+    if norm_q is not None:
+        q = norm_q(q)
+    if norm_k is not None:
+        k = norm_k(k)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))  # [B, N | M, H, D]
-    out = cross_attention(q, k, v, mask).flatten(2)
-    y = attn.to_out[1](_linear(attn.to_out[0], out.to(q.dtype), operand))
+    y = _output(attn, cross_attention(q, k, v, mask).flatten(2).to(q.dtype), operand)
     return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
 
 

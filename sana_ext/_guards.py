@@ -69,6 +69,18 @@ def transforming() -> bool:
 transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def child(module: Any, name: str) -> Any:
+    """module.name for a submodule or None; torch's own lookup costs more than all checks of a layer together."""
+    found = module._modules.get(name)
+    return module.__dict__.get(name) if found is None else found
+
+
+def parameter(module: Any, name: str) -> Any:
+    """module.name for a parameter or None, also where a wrapper (DataParallel, FSDP) left a plain tensor instead."""
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found
+
+
 def module_reason(module: Any, expected: type) -> str | None:
     """`module` is exactly of the expected class, and nothing intercepts its forward."""
     cls = type(module)
@@ -105,9 +117,11 @@ def tensor_reason(name: str, tensor: Any, operand: Operand) -> str | None:
 
 def leaf_reason(leaf: Any, expected: type, operand: Operand) -> str | None:
     """A stock layer whose weight and bias may be read directly."""
-    reason = module_reason(leaf, expected) or tensor_reason("weight", leaf.weight, operand)
-    if reason is None and leaf.bias is not None:
-        reason = tensor_reason("bias", leaf.bias, operand)
+    reason = module_reason(leaf, expected) or tensor_reason("weight", parameter(leaf, "weight"), operand)
+    if reason is None:
+        bias = parameter(leaf, "bias")
+        if bias is not None and type(bias) is not nn.Parameter and type(bias) is not torch.Tensor:
+            return f"has a bias of type {type(bias).__name__}"
     return reason
 
 
@@ -116,14 +130,17 @@ def rms_norm_reason(norm: Any, expected: type, channels: int, operand: Operand) 
     if norm is None:
         return None
     reason = module_reason(norm, expected)
-    if reason is None and (norm.weight is None or norm.bias is not None or norm.weight.numel() != channels):
-        reason = "is not an RMSNorm over all channels with a weight and no bias"
-    return reason or tensor_reason("weight", norm.weight, operand)
+    if reason:
+        return reason
+    weight = parameter(norm, "weight")
+    if weight is None or parameter(norm, "bias") is not None or weight.numel() != channels:
+        return "is not an RMSNorm over all channels with a weight and no bias"
+    return tensor_reason("weight", weight, operand)
 
 
 def layer_norm_reason(norm: Any) -> str | None:
     reason = module_reason(norm, nn.LayerNorm)
-    if reason is None and (norm.weight is not None or norm.bias is not None):
+    if reason is None and (parameter(norm, "weight") is not None or parameter(norm, "bias") is not None):
         return "has affine parameters"
     return reason
 
@@ -132,10 +149,11 @@ def linear_attention_reason(attn: Any, stock: Any, operand: Operand) -> str | No
     reason = module_reason(attn, stock.Attention) or _processor_reason(attn, stock.SanaLinearAttnProcessor2_0)
     if reason:
         return reason
-    for name in ("norm_q", "norm_k"):
-        if reason := rms_norm_reason(getattr(attn, name), stock.RMSNorm, attn.inner_dim, operand):
+    norm_q, norm_k = child(attn, "norm_q"), child(attn, "norm_k")
+    for name, norm in (("norm_q", norm_q), ("norm_k", norm_k)):
+        if reason := rms_norm_reason(norm, stock.RMSNorm, attn.inner_dim, operand):
             return f"{name} {reason}"
-    if attn.norm_q is not None and attn.norm_k is not None and attn.norm_q.eps != attn.norm_k.eps:
+    if norm_q is not None and norm_k is not None and norm_q.eps != norm_k.eps:
         return "norm_q and norm_k differ in eps"
     return None
 
@@ -166,26 +184,28 @@ def glumbconv_reason(ff: Any, stock: Any, operand: Operand) -> str | None:
         return reason
     if ff.norm_type is not None or ff.residual_connection:
         return "has a norm or a residual of its own"
-    if reason := module_reason(ff.nonlinearity, nn.SiLU):
+    if reason := module_reason(child(ff, "nonlinearity"), nn.SiLU):
         return f"nonlinearity {reason}"
-    channels = ff.conv_depth.groups if type(ff.conv_depth) is nn.Conv2d else 1
-    for name, kernel, groups in (("conv_inverted", 1, 1), ("conv_depth", 3, channels), ("conv_point", 1, 1)):
-        if reason := _convolution_reason(getattr(ff, name), kernel, groups, operand):
+    depth, point = child(ff, "conv_depth"), child(ff, "conv_point")
+    channels = depth.groups if type(depth) is nn.Conv2d else 1
+    parts = (("conv_inverted", child(ff, "conv_inverted"), 1, 1), ("conv_depth", depth, 3, channels))
+    for name, conv, kernel, groups in (*parts, ("conv_point", point, 1, 1)):
+        if reason := _convolution_reason(conv, kernel, groups, operand):
             return f"{name} {reason}"
-    if channels != ff.conv_depth.in_channels or channels != ff.conv_depth.out_channels:
+    if channels != depth.in_channels or channels != depth.out_channels:
         return "conv_depth is not depthwise"
-    return "conv_point has a bias" if ff.conv_point.bias is not None else None
+    return "conv_point has a bias" if parameter(point, "bias") is not None else None
 
 
 def plan(block: Any, stock: Any, operand: Operand, parts: tuple[str, ...]) -> Plan:
     """Which parts of the block run fused; `parts` are those that have compiled kernels."""
     none = f"no compiled kernel answers on {operand.device.type}"
     return Plan(
-        norm1=layer_norm_reason(block.norm1),
-        attn1=linear_attention_reason(block.attn1, stock, operand) if "attn1" in parts else none,
-        attn2=cross_attention_reason(block.attn2, stock),
-        norm2=layer_norm_reason(block.norm2),
-        ff=glumbconv_reason(block.ff, stock, operand) if "ff" in parts else none,
+        norm1=layer_norm_reason(child(block, "norm1")),
+        attn1=linear_attention_reason(child(block, "attn1"), stock, operand) if "attn1" in parts else none,
+        attn2=cross_attention_reason(child(block, "attn2"), stock),
+        norm2=layer_norm_reason(child(block, "norm2")),
+        ff=glumbconv_reason(child(block, "ff"), stock, operand) if "ff" in parts else none,
     )
 
 
@@ -205,8 +225,7 @@ def block_reason(block: Any, x: torch.Tensor, operand: Operand, parts: tuple[str
         return "float64 under autocast"
     if _global._global_forward_hooks or _global._global_forward_pre_hooks or _global._global_backward_hooks:
         return "global module hooks are registered"
-    if getattr(block, "attn2", None) is None:
+    if child(block, "attn2") is None:
         return "the block has no cross-attention"
-    return tensor_reason(
-        "scale_shift_table", block.scale_shift_table, operand._replace(dtype=block.scale_shift_table.dtype)
-    )
+    table = parameter(block, "scale_shift_table")
+    return tensor_reason("scale_shift_table", table, operand._replace(dtype=table.dtype))
