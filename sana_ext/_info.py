@@ -114,6 +114,18 @@ def _norm_modulate_cuda(sizes: dict[str, int]) -> tuple[str, str]:
     return _by_size(sizes, "C", lambda c: c <= 8192, "rows of up to 8192 channels stay in shared memory")
 
 
+def _linear_attention(sizes: dict[str, int]) -> tuple[str, str]:
+    return _by_size(sizes, "D", lambda d: d == 32, "a head dimension of 32 is fixed at compile time")
+
+
+def _linear(sizes: dict[str, int]) -> tuple[str, str]:
+    """Two ways, both meant; which one depends on the number of rows M."""
+    if "M" not in sizes:
+        return "tuned", "up to 32 rows the weight is read once; more: panels of it in fp32, products by torch"
+    few = sizes["M"] <= 32
+    return "tuned", f"M={sizes['M']}; {'the weight is read once' if few else 'panels in fp32, products by torch'}"
+
+
 def _by_size(sizes: dict[str, int], name: str, tuned: Callable[[int], bool], rule: str) -> tuple[str, str]:
     if name not in sizes:
         return f"by {name}", f"tuned: {rule}; else generic"
@@ -122,6 +134,9 @@ def _by_size(sizes: dict[str, int], name: str, tuned: Callable[[int], bool], rul
 
 PATHS: dict[tuple[str, str], Callable[[dict[str, int]], tuple[str, str]]] = {
     ("norm_modulate", "cuda"): _norm_modulate_cuda,
+    ("linear_attention", "cpu"): _linear_attention,
+    ("linear_attention_qkv", "cpu"): _linear_attention,
+    ("linear", "cpu"): _linear,
 }
 
 

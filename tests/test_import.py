@@ -59,7 +59,15 @@ def test_import_time_is_torchs():
     assert added < before / 10
 
 
-FAMILIES = ("norm_modulate", "gated_residual", "residual_norm_modulate", "linear")
+FAMILIES = (
+    "norm_modulate",
+    "gated_residual",
+    "residual_norm_modulate",
+    "linear",
+    "dwconv_glu",
+    "linear_attention",
+    "linear_attention_qkv",
+)
 
 
 @needs_cpu_library

@@ -32,6 +32,25 @@ def test_compiled_kernel_names_level_and_its_tests():
     assert cuda.level is None
 
 
+@needs_cpu_library
+@pytest.mark.parametrize("op", ["linear_attention", "linear_attention_qkv"])
+def test_linear_attention_path_depends_on_the_head_dimension(op):
+    assert [sana_ext.kernel_info(op, D=d)[0].path for d in (32, 4, 64)] == ["tuned", "generic", "generic"]
+    assert sana_ext.kernel_info(op)[0].path == "by D"
+
+
+@needs_cpu_library
+def test_linear_answers_where_16_bit_arithmetic_is_missing(monkeypatch):
+    monkeypatch.setattr(_info, "UPCAST", set())
+    assert sana_ext.kernel_info("linear")[0].path == "torch"
+    monkeypatch.setattr(_info, "UPCAST", {torch.bfloat16})
+    linear, on_cuda = sana_ext.kernel_info("linear")
+    assert (linear.forward, linear.backward, on_cuda.forward) == ("compiled", "compiled", "torch")
+    assert "weight is read once" in sana_ext.kernel_info("linear", M=32)[0].why
+    assert "products by torch" in sana_ext.kernel_info("linear", M=33)[0].why
+    assert "products in fp32" in sana_ext.kernel_info("cross_attention")[0].why
+
+
 def test_unknown_op():
     with pytest.raises(ValueError, match="unknown op 'softmax'; there is cross_attention"):
         sana_ext.kernel_info("softmax")

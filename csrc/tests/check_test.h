@@ -3,7 +3,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <utility>
 #include <vector>
 
 #include "../common/dtype.h"
@@ -129,5 +131,15 @@ class Buffer {
   int64_t count_;
   std::vector<unsigned char> bytes_;
 };
+
+// A kernel over all its items, in `pieces` calls, as threads would share them.
+template <class Args>
+void in_pieces(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, int64_t pieces) {
+  for (int64_t i = 0; i < pieces; ++i) kernel(args, items * i / pieces, items * (i + 1) / pieces);
+}
+
+inline bool same(const Buffer& a, const Buffer& b) {
+  return std::memcmp(ConstPtr(a).data, ConstPtr(b).data, a.count() * size_of(ConstPtr(a).dtype)) == 0;
+}
 
 }  // namespace sana_ext::test

@@ -43,12 +43,6 @@ struct Results {
         dgate(acc, c.B * c.C) {}
 };
 
-// The kernels over the whole problem, `pieces` calls per launch.
-template <class Args>
-void in_pieces(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t items, int64_t pieces) {
-  for (int64_t i = 0; i < pieces; ++i) kernel(args, items * i / pieces, items * (i + 1) / pieces);
-}
-
 Results run(const Case& c, const Operands& o, int64_t pieces) {
   const Dtype acc = c.x == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   Results r(c, acc);
@@ -144,10 +138,6 @@ void compare(const Case& c, const Operands& o, const Results& r) {
       if (c.with_gate && c.C > 1) CHECK_CLOSE(r.dgate[k], dgate[i], 100 * sums);
     }
   }
-}
-
-bool same(const Buffer& a, const Buffer& b) {
-  return std::memcmp(ConstPtr(a).data, ConstPtr(b).data, a.count() * size_of(ConstPtr(a).dtype)) == 0;
 }
 
 void tests() {
