@@ -1,0 +1,72 @@
+"""linear_attention with and without qk-norm against the expressions of diffusers' SanaLinearAttnProcessor2_0."""
+
+import harness
+import torch
+import torch.nn.functional as F
+
+import sana_ext
+
+HEADS, DIM = 70, 32
+
+
+def rms_norm(x, weight):
+    accumulator = x.double() if x.dtype == torch.float64 else x.float()
+    x = accumulator * torch.rsqrt(accumulator.square().mean(-1, keepdim=True) + 1e-5)
+    return x.to(weight.dtype) * weight
+
+
+def eager(q, k, v, weight_q=None, weight_k=None):
+    """q, k, v [B, N, C] as the projections leave them."""
+    dtype, heads = q.dtype, q.shape[-1] // DIM
+    if weight_q is not None:
+        q, k = rms_norm(q, weight_q), rms_norm(k, weight_k)
+    q = F.relu(q.transpose(1, 2).unflatten(1, (heads, -1)))
+    k = F.relu(k.transpose(1, 2).unflatten(1, (heads, -1)).transpose(2, 3))
+    v = v.transpose(1, 2).unflatten(1, (heads, -1))
+    if dtype != torch.float64:
+        q, k, v = q.float(), k.float(), v.float()
+    v = F.pad(v, (0, 0, 0, 1), value=1.0)
+    out = torch.matmul(torch.matmul(v, k), q)
+    out = out[:, :, :-1] / (out[:, :, -1:] + 1e-15)
+    return out.flatten(1, 2).transpose(1, 2).to(dtype)
+
+
+def ours(q, k, v, weight_q=None, weight_k=None):
+    q, k, v = (t.unflatten(-1, (-1, DIM)) for t in (q, k, v))
+    return sana_ext.linear_attention(q, k, v, weight_q=weight_q, weight_k=weight_k).flatten(2)
+
+
+def case(args, tokens, norm, dtype, direction):
+    heads, tokens = (4, 64) if args.quick else (HEADS, tokens)
+    C = heads * DIM
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(1, tokens, C).to(dtype) for name in "qkv"}
+    if norm:
+        inputs |= {name: (1 + 0.2 * torch.randn(C)).to(dtype) for name in ("weight_q", "weight_k")}
+    functions = {"eager": eager, "ours": ours}
+    if not args.no_compile:
+        functions["compile"] = harness.compiled(eager)
+    backward = direction == "backward"
+    return harness.Case(
+        f"linear_attention{', qk-norm' if norm else ''} {direction}",
+        f"1x{tokens}x{heads}x{DIM}",
+        dtype,
+        {name: getattr(harness, direction)(fn, inputs) for name, fn in functions.items()},
+        harness.gate(ours, eager, inputs, gradients=backward),
+        flops=(8 if backward else 4) * tokens * C * DIM if dtype == torch.float32 else 0,
+        bytes=(7 if backward else 4) * tokens * C * dtype.itemsize,
+    )
+
+
+if __name__ == "__main__":
+    args = harness.arguments(__doc__)
+    harness.run(
+        [
+            lambda t=tokens, n=norm, d=dtype, k=direction: case(args, t, n, d, k)
+            for tokens in (1024, 4096)
+            for norm in (True, False)
+            for dtype in (torch.float32, torch.bfloat16)
+            for direction in ("forward", "backward")
+        ],
+        args,
+    )
