@@ -197,7 +197,7 @@ def ninja_file(targets, plan):
 
         facts = {
             "VERSION": VERSION,
-            "TORCH": version("torch"),
+            "TORCH": torch_version(torch),
             "TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
             "LIBRARIES": " ".join(plan.libraries),
             "NVCC": plan.nvcc or "",
@@ -222,6 +222,11 @@ def ninja_file(targets, plan):
         rule, after = ("nvcclink", f" | {stub}") if name == "libsana_ext_cuda" else ("link", "")
         lines.append(f"build {path}: {rule} {' '.join(objects[name])}{after}\n  libs = {libs[name]}")
     return "\n".join(lines) + "\n"
+
+
+def torch_version(torch):
+    """torch.__version__ without importing torch; the metadata of PyPI's wheels leave out its +cu130."""
+    return re.search(r"^__version__ = '(.+)'", (torch / "version.py").read_text(), re.MULTILINE)[1]
 
 
 def gencode():
