@@ -384,6 +384,23 @@ def test_cross_attention_keeps_only_its_inputs(upcast):
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in leaves}
 
 
+def test_small_heads_that_need_gradients_run_in_fp32(monkeypatch):
+    """torch's 16-bit backward is slow on small heads; without gradients, and on large heads, torch's own runs."""
+    module = importlib.import_module("sana_ext.ops.cross_attention")
+    monkeypatch.setattr(module, "upcast", lambda x: False)
+    q, k, v = (t.bfloat16() for t in list(attention_maker(2, 5, 7, 2, 8, None)(0).values())[:3])
+
+    def node(*args):
+        return type(sana_ext.cross_attention(*args).grad_fn).__name__
+
+    assert "sana_ext" in node(q.requires_grad_(), k, v)
+    assert "sana_ext" not in node(q.detach().float().requires_grad_(), k.float(), v.float())
+    with torch.no_grad():
+        assert sana_ext.cross_attention(q, k, v).grad_fn is None
+    monkeypatch.setattr(module, "SMALL_HEAD", 5 * 7 * 8)
+    assert "sana_ext" not in node(q, k, v)
+
+
 BAD_ATTENTION = [
     ("rank", lambda v: v | {"q": v["q"][0]}, ValueError, "q must have shape"),
     ("tokens", lambda v: v | {"v": v["v"][:, :-1]}, ValueError, "v must have shape"),

@@ -71,6 +71,8 @@ def test_learning_rate():
     assert rates[0] == 0.25
     assert max(rates) == rates[3]
     assert rates[9] < 0.05
+    config = TrainConfig(lr=1.0, warmup=4, steps=20, schedule="decay")
+    assert [learning_rate(config, step) for step in (0, 3, 16, 18, 20)] == [0.25, 1.0, 1.0, 0.5, 0.0]
 
 
 def test_config_files_and_overrides(tmp_path):

@@ -60,10 +60,16 @@ class Average:
         return before
 
 
+#: Part of the steps over which the schedule `decay` lowers the learning rate to zero.
+DECAY_PART = 0.2
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / max(config.warmup, 1))
     if config.schedule == "constant":
         return config.lr * warm
+    if config.schedule == "decay":  # `steps` may still change until the decay begins
+        return config.lr * warm * min(1.0, (config.steps - step) / (DECAY_PART * config.steps))
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1.0)))
 
 

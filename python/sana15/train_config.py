@@ -43,7 +43,9 @@ class TrainConfig:
     batch_size: int = 64
     lr: float = 1e-3
     warmup: int = 200  # steps of linear warm-up
-    schedule: str = "constant"  # constant | cosine
+    schedule: str = (
+        "constant"  # constant | cosine | decay (constant, then linearly to 0 in the last fifth of the steps)
+    )
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # global norm; 0 switches clipping off
@@ -63,7 +65,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, allowed in {
             "task": ("transformer", "autoencoder"),
-            "schedule": ("constant", "cosine"),
+            "schedule": ("constant", "cosine", "decay"),
             "precision": ("fp32", "bf16"),
             "device": ("auto", "cpu", "cuda"),
         }.items():
