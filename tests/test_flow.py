@@ -118,9 +118,9 @@ def test_guidance():
     c, u = rand(4, 2, 3).bfloat16(), rand(5, 2, 3).bfloat16()
     torch.testing.assert_close(flow.guided(c, u, 1.0), c.float())
     assert flow.guided(c, u, 4.5).dtype == torch.float32
-    assert flow.guidance_is_on(500, 4.5)
-    assert not flow.guidance_is_on(500, 1.0)
-    assert not flow.guidance_is_on(950, 4.5, (0.1, 0.9))
+    assert flow.guidance_is_on(0.5, 4.5)
+    assert not flow.guidance_is_on(0.5, 1.0)
+    assert not flow.guidance_is_on(0.95, 4.5, (0.1, 0.9))
 
 
 @pytest.mark.parametrize(

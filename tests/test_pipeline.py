@@ -1,12 +1,15 @@
 """sana15.Pipeline on tiny random weights: what a seed fixes, guidance, errors, and diffusers' pipeline as the measure."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
-from sana15 import SanaConfig, SanaTransformer
+from sana15 import SanaConfig, SanaTransformer, flow
 from sana15.autoencoder import MINI, Autoencoder
-from sana15.pipeline import Pipeline, noise
+from sana15.files import DataError
+from sana15.pipeline import Item, Pipeline, Sampling, noise
 from sana15.text import MiniTextEncoder
 
 PROMPTS = ["a red circle", "two squares"]
@@ -69,6 +72,56 @@ def test_negative_prompt_takes_the_place_of_the_empty_one(pipe):
     assert not np.array_equal(plain, pixels(pipe("a red circle", negative_prompt="two squares", **arguments)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", flow.SAMPLERS)
+def test_guidance_interval_and_negative_prompt_equal_a_loop_written_out(pipe, sampler):
+    """8 steps; guidance only where 0.3 <= sigma <= 0.9; the picture is decoded from the loop's latents."""
+    low, high, scale, steps = 0.3, 0.9, 6.0, 8
+    text, mask = pipe.text.encode(["a red circle"])
+    negative, negative_mask = pipe.text.encode(["two squares"])
+    plan = flow.schedule(steps, sampler=sampler, flow_shift=3.0)
+    x = noise(5, 0, 0, (16, 4, 4))[None]
+    x0 = None
+    guided = []
+    for i in range(steps):
+        t = torch.tensor([plan.timesteps[i]])
+        v = pipe.transformer(x, text, t, mask)
+        guided.append(low <= plan.sigmas[i] <= high)
+        if guided[-1]:
+            u = pipe.transformer(x, negative, t, negative_mask)
+            v = u + scale * (v - u)
+        state = flow.advance(flow.SamplerState(x, i, x0), v, plan)
+        x, x0 = state.latents, state.previous_x0
+    assert True in guided
+    assert not guided[0]
+    assert not guided[-1]
+    expected = np.asarray(pipe.decode(x)[0]).astype(int)
+    arguments = {"seed": 5, "steps": steps, "guidance": scale, "negative_prompt": "two squares", "sampler": sampler}
+    made = pixels(pipe("a red circle", guidance_interval=(low, high), **arguments))[0]
+    assert np.abs(made - expected).max() <= 1
+    assert np.abs(pixels(pipe("a red circle", **arguments))[0] - expected).max() > 1  # the interval matters
+
+
+def test_outside_the_interval_the_model_is_asked_once(pipe, monkeypatch):
+    rows = []
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda x, *rest: rows.append(len(x)) or forward(x, *rest))
+    pipe("a red circle", steps=4, guidance_interval=(0.5, 0.9))
+    sigmas = flow.schedule(4).sigmas[:-1]
+    assert rows == [2 if 0.5 <= s <= 0.9 else 1 for s in sigmas]
+    assert sorted(set(rows)) == [1, 2]
+
+
+def test_any_part_of_a_run_gives_the_pictures_of_the_run(pipe):
+    settings = Sampling(seed=3, steps=2)
+    whole = pixels(pipe(PROMPTS, n=3, seed=3, steps=2))
+    made = list(pipe.sample([Item(PROMPTS[1], 1, 2), Item(PROMPTS[0], 0, 1)], settings, batch_size=1))
+    assert [item.candidate for item, _ in made] == [2, 1]
+    assert np.abs(pixels([[picture for _, picture in made]]) - whole[[5, 1]]).max() <= 1
+    with pytest.raises(ValueError, match="does not know"):
+        pipe.sample([Item("a red pentagon", 0, 0)], settings)  # before the first picture is asked for
+
+
 def test_callback_counts_every_step(pipe):
     seen = []
     pipe(PROMPTS, n=2, steps=3, batch_size=3, callback=lambda done, total: seen.append((done, total)))
@@ -79,7 +132,12 @@ def test_callback_counts_every_step(pipe):
     ("arguments", "match"),
     [
         ({"n": 0}, "n must be a positive integer"),
-        ({"height": 20}, "height must be a positive multiple of 8"),
+        ({"height": 20}, "height must be a multiple of 8 from 8 to 128 pixels, got 20"),
+        ({"width": 1024}, "width must be a multiple of 8 from 8 to 128 pixels, got 1024"),
+        ({"seed": -1}, "seed must be an integer from 0 on"),
+        ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval must be 0 <= low <= high <= 1"),
+        ({"negative_prompt": "pentagon"}, "does not know 'pentagon'"),
         ({"steps": 0}, "steps must be a positive integer"),
         ({"sampler": "ddim"}, "unknown sampler"),
         ({"batch_size": 0}, "batch_size must be"),
@@ -110,3 +168,30 @@ def test_save_and_load(pipe, tmp_path):
     loaded.flow_shift = 3.0
     difference = np.abs(pixels(loaded(PROMPTS, steps=2)) - pixels(pipe(PROMPTS, steps=2)))
     assert difference.max() <= 2  # the text encoder is stored in half precision
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert loaded.identity() == {"name": tmp_path.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    assert pipe.identity()["name"] == "unsaved"
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+@pytest.mark.parametrize("damage", ["config", "weights", "cut", "missing"])
+def test_damaged_parts_are_named(pipe, tmp_path, part, damage):
+    from sana15.checkpoint import save_transformer
+
+    save_transformer(pipe.transformer, tmp_path / "transformer")
+    pipe.text.save(tmp_path / "text_encoder")
+    pipe.autoencoder.model.save_pretrained(tmp_path / "vae")
+    folder = tmp_path / part
+    weights = next(folder.glob("*.safetensors"))
+    if damage == "config":
+        (folder / "config.json").write_text("{")
+    elif damage == "weights":
+        weights.write_bytes(b"\xff" * 64)
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-40])
+    else:
+        weights.unlink()
+    with pytest.raises(FileNotFoundError if damage == "missing" else DataError) as error:
+        Pipeline.from_pretrained(tmp_path)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint import load_weights
+from .files import DataError, read_json
+
 #: f8c16: 64x64 pictures to 8x8 latents of 16 channels; residual stages, then one linear-attention stage.
 MINI = {
     "in_channels": 3,
@@ -45,12 +48,23 @@ class Autoencoder(nn.Module):
 
     @staticmethod
     def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
-        """From a folder saved by diffusers (config.json, diffusion_pytorch_model.safetensors)."""
+        """From a folder saved by diffusers (config.json, diffusion_pytorch_model.safetensors), every tensor accounted for.
+
+        Raises:
+            FileNotFoundError: config or weights are missing. DataError: they are damaged or do not fit each other.
+        """
         from diffusers import AutoencoderDC
 
         if not (Path(folder) / "config.json").exists():
             raise FileNotFoundError(f"{folder} holds no autoencoder: config.json is missing")
-        return Autoencoder(AutoencoderDC.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).eval())
+        config = read_json(Path(folder) / "config.json")
+        try:
+            with torch.device("meta"):
+                model = AutoencoderDC.from_config(config)
+        except (TypeError, ValueError, KeyError) as error:
+            raise DataError(f"{Path(folder) / 'config.json'} is no AutoencoderDC config: {error}") from None
+        load_weights(model, folder, dtype)
+        return Autoencoder(model.eval())
 
     @property
     def factor(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .files import DataError, read_json
 
 #: Head dimension of the linear attention in every published SANA.
 LINEAR_HEAD_DIM = 32
@@ -87,11 +88,11 @@ class SanaConfig:
     def load(folder: str | Path) -> SanaConfig:
         path = Path(folder) / "config.json"
         try:
-            return SanaConfig.from_dict(json.loads(path.read_text()))
+            return SanaConfig.from_dict(read_json(path))
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: not a model folder") from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is not a SANA model config: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is not a SANA model config: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """What diffusers' SanaTransformer2DModel.from_config takes."""

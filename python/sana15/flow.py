@@ -136,9 +136,12 @@ def guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: flo
     return u + guidance * (c - u)
 
 
-def guidance_is_on(timestep: float, guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> bool:
-    """Whether the unconditional branch is needed: a scale other than 1, at a level inside the interval of sigma."""
-    return guidance != 1.0 and interval[0] <= timestep / TRAIN_STEPS <= interval[1]
+def guidance_is_on(sigma: float, guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> bool:
+    """Whether the unconditional branch is needed at noise level sigma: a scale other than 1, and a level inside the interval.
+
+    Source: arXiv:2404.07724; the released SANA pipelines take the same interval.
+    """
+    return guidance != 1.0 and interval[0] <= sigma <= interval[1]
 
 
 def _log_snr(sigma: float) -> float:

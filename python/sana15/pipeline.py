@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ from PIL import Image
 from . import flow
 from .autoencoder import Autoencoder
 from .config import SanaConfig
+from .files import read_json
 from .model import SanaTransformer
 from .text import GemmaTextEncoder, MiniTextEncoder, TextEncoder
 
 MINI = Path(__file__).parent / "assets" / "mini"
+LARGEST = 4  # times the side that a model was made for
 
 
 def noise(seed: int, prompt_index: int, candidate: int, shape: Sequence[int]) -> torch.Tensor:
@@ -25,6 +29,37 @@ def noise(seed: int, prompt_index: int, candidate: int, shape: Sequence[int]) ->
     sequence = np.random.SeedSequence([seed, prompt_index, candidate])
     generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
     return torch.randn(*shape, generator=generator)
+
+
+class Item(NamedTuple):
+    """One picture to make: its prompt, the prompt's index in the run, and which candidate for that prompt it is."""
+
+    prompt: str
+    index: int
+    candidate: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made; see Pipeline.__call__ for the meanings."""
+
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 4.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str = ""
+    sampler: str = "flow_dpm"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer from 0 on, got {self.seed!r}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1, got {low} {high}")
 
 
 class Pipeline:
@@ -38,6 +73,7 @@ class Pipeline:
     ) -> None:
         self.text, self.transformer, self.autoencoder = text, transformer, autoencoder
         self.flow_shift = flow_shift
+        self.source: Path | None = None  # the folder it was loaded from
 
     @staticmethod
     def from_pretrained(source: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Pipeline:
@@ -51,17 +87,20 @@ class Pipeline:
         """
         from .checkpoint import load_transformer
 
+        if str(source) == "mini" and not (MINI / "transformer").is_dir():
+            raise FileNotFoundError(
+                f"the mini model is not in this installation: {MINI} is missing; name a --model folder"
+            )
         root = MINI if str(source) == "mini" else Path(source)
         for part in ("transformer", "vae", "text_encoder"):
             if not (root / part).is_dir():
                 raise FileNotFoundError(f"{root / part} is missing: {source} is not a pipeline folder")
-        mini = (root / "text_encoder" / "config.json").exists() and "vocabulary" in json.loads(
-            (root / "text_encoder" / "config.json").read_text()
-        )
+        mini = "vocabulary" in read_json(root / "text_encoder" / "config.json")
         dtype = dtype or (torch.float32 if mini else torch.bfloat16)
         text: TextEncoder = MiniTextEncoder.load(root / "text_encoder") if mini else GemmaTextEncoder.load(root)
         transformer = load_transformer(root / "transformer", dtype=dtype)
         pipe = Pipeline(text, transformer, Autoencoder.load(root / "vae"), _flow_shift(root))
+        pipe.source = root
         return pipe.to(device)
 
     def to(self, device: str | torch.device) -> Pipeline:
@@ -77,17 +116,37 @@ class Pipeline:
     def config(self) -> SanaConfig:
         return self.transformer.config
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(channels, h, w) of a picture's latents; ValueError for a size that the model cannot make."""
+    def identity(self) -> dict[str, str]:
+        """Name of the model and SHA-256 of its transformer's weight files; "unsaved" for a pipeline that has no folder."""
+        from .checkpoint import weight_files
+
+        if self.source is None:
+            return {"name": "unsaved", "sha256": ""}
+        digest = hashlib.sha256()
+        for path in sorted(set(weight_files(self.source / "transformer").values())):
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+        return {"name": self.source.resolve().name, "sha256": digest.hexdigest()}
+
+    def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) in pixels, the native size for None; ValueError for a size that the model cannot make."""
         factor = self.autoencoder.factor * self.config.patch_size
         native = self.config.sample_size * self.autoencoder.factor
         for name, side in (("height", height), ("width", width)):
-            if side is not None and (not isinstance(side, int) or side < factor or side % factor):
-                raise ValueError(f"{name} must be a positive multiple of {factor} pixels, got {side}")
-        scale = self.autoencoder.factor
-        return self.config.in_channels, (height or native) // scale, (width or native) // scale
+            if side is not None and not (
+                isinstance(side, int) and factor <= side <= LARGEST * native and side % factor == 0
+            ):
+                raise ValueError(
+                    f"{name} must be a multiple of {factor} from {factor} to {LARGEST * native} pixels, got {side}"
+                )
+        return height or native, width or native
 
-    @torch.no_grad()
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(channels, h, w) of a picture's latents."""
+        height, width = self.picture_size(height, width)
+        return self.config.in_channels, height // self.autoencoder.factor, width // self.autoencoder.factor
+
     def __call__(
         self,
         prompts: str | Sequence[str],
@@ -96,6 +155,7 @@ class Pipeline:
         seed: int = 0,
         steps: int = 20,
         guidance: float = 4.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
@@ -110,7 +170,10 @@ class Pipeline:
             n: pictures per prompt; the candidates 0..n-1, whose noise depends on (seed, prompt index, candidate) only.
             steps, sampler: "flow_dpm" (Flow-DPM-Solver++, SANA's default of 20 steps) or "flow_euler" (28).
             guidance: classifier-free guidance scale; 1 switches the unconditional branch off.
-            height, width: pixels; default the size the model was made for.
+            guidance_interval: (low, high); guidance only at noise levels sigma with low <= sigma <= high. Outside, the
+                model is asked once per step instead of twice.
+            height, width: pixels; default the size the model was made for, at most 4 times that.
+            negative_prompt: takes the place of the empty prompt in guidance.
             batch_size: pictures computed at once; default all. It changes pictures by rounding only.
             callback: called as callback(done, total) after every denoising step.
 
@@ -121,43 +184,75 @@ class Pipeline:
             ValueError: a prompt, size, count or sampler that the model cannot serve.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for name, value in (("n", n), ("batch_size", 1 if batch_size is None else batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        shape = self.latent_shape(height, width)
-        plan = flow.schedule(steps, sampler=sampler, flow_shift=self.flow_shift)
-        items = [(p, c) for p in range(len(prompts)) for c in range(n)]
-        size = batch_size or max(len(items), 1)
-        total = len(range(0, len(items), size)) * steps
-        pictures: list[Image.Image] = []
-        for start in range(0, len(items), size):
-            chunk = items[start : start + size]
-            velocity = self.guided_velocity([prompts[p] for p, _ in chunk], negative_prompt, guidance)
-            latents = torch.stack([noise(seed, p, c, shape) for p, c in chunk]).to(self.device)
-            state = flow.SamplerState(latents)
-            for i in range(steps):
-                state = flow.advance(state, velocity(state.latents, plan.timesteps[i]), plan)
-                if callback is not None:
-                    callback(start // size * steps + i + 1, total)
-            pictures += self.decode(state.latents)
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a positive integer, got {n!r}")
+        settings = Sampling(seed, steps, guidance, guidance_interval, height, width, negative_prompt, sampler)
+        items = [Item(prompt, p, c) for p, prompt in enumerate(prompts) for c in range(n)]
+        pictures = [picture for _, picture in self.sample(items, settings, batch_size=batch_size, callback=callback)]
         return [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
 
-    def guided_velocity(
-        self, prompts: list[str], negative_prompt: str, guidance: float
-    ) -> Callable[[torch.Tensor, float], torch.Tensor]:
-        """The guided velocity of a batch as a function of (latents, timestep); the text is encoded once."""
-        dtype, device = self.transformer.proj_out.weight.dtype, self.device
-        text, mask = self.text.encode(prompts)
-        both = guidance != 1.0
-        if both:
-            null, null_mask = self.text.encode([negative_prompt] * len(prompts), negative=True)
-            text, mask = _stack(null, text), _stack(null_mask, mask)
-        text, mask = text.to(device, dtype), mask.to(device)
+    def sample(
+        self,
+        items: Sequence[Item],
+        settings: Sampling,
+        *,
+        batch_size: int | None = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Iterator[tuple[Item, Image.Image]]:
+        """Any set of pictures of a run, one after the other as the batches are done.
 
-        def velocity(latents: torch.Tensor, timestep: float) -> torch.Tensor:
+        An item's picture does not depend on which others are asked for. Bad arguments raise here, before the first batch.
+        """
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        shape = self.latent_shape(settings.height, settings.width)
+        plan = flow.schedule(settings.steps, sampler=settings.sampler, flow_shift=self.flow_shift)
+        self.text.check([*{item.prompt for item in items}, settings.negative_prompt])
+        size = batch_size or max(len(items), 1)
+        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+        return self._batches(chunks, settings, shape, plan, callback)
+
+    @torch.no_grad()
+    def _batches(
+        self,
+        chunks: list[Sequence[Item]],
+        settings: Sampling,
+        shape: tuple[int, int, int],
+        plan: flow.Schedule,
+        callback: Callable[[int, int], None] | None,
+    ) -> Iterator[tuple[Item, Image.Image]]:
+        guides = [flow.guidance_is_on(s, settings.guidance, settings.guidance_interval) for s in plan.sigmas[:-1]]
+        for number, chunk in enumerate(chunks):
+            velocity = self.guided_velocity(
+                [item.prompt for item in chunk], settings.negative_prompt, settings.guidance if any(guides) else 1.0
+            )
+            noises = [noise(settings.seed, item.index, item.candidate, shape) for item in chunk]
+            state = flow.SamplerState(torch.stack(noises).to(self.device))
+            for i, guide in enumerate(guides):
+                state = flow.advance(state, velocity(state.latents, plan.timesteps[i], guide), plan)
+                if callback is not None:
+                    callback(number * plan.steps + i + 1, len(chunks) * plan.steps)
+            yield from zip(chunk, self.decode(state.latents))
+
+    def guided_velocity(self, prompts: list[str], negative_prompt: str, guidance: float) -> Callable[..., torch.Tensor]:
+        """The velocity of a batch as a function of (latents, timestep, guide=True); the text is encoded once.
+
+        With guide=False, or guidance 1, it is the conditional model's, at half the cost.
+        """
+        dtype, device = self.transformer.proj_out.weight.dtype, self.device
+        text, mask = (t.to(device) for t in self.text.encode(prompts))
+        text = text.to(dtype)
+        B = len(prompts)
+        if guidance != 1.0:
+            null, null_mask = (t.to(device) for t in self.text.encode([negative_prompt], negative=True))
+            text = _stack(null.to(dtype).expand(B, -1, -1), text)  # [2B, T, width]
+            mask = _stack(null_mask.expand(B, -1), mask)
+
+        def velocity(latents: torch.Tensor, timestep: float, guide: bool = True) -> torch.Tensor:
+            both = guide and guidance != 1.0
             x = torch.cat([latents, latents]) if both else latents
             t = torch.full((x.shape[0],), timestep * self.config.timestep_scale, device=device)
-            v = self.transformer(x.to(dtype), text, t, mask)
+            v = self.transformer(x.to(dtype), text[-x.shape[0] :], t, mask[-x.shape[0] :])
             if not both:
                 return v.float()
             unconditional, conditional = v.chunk(2)
@@ -185,5 +280,4 @@ def _stack(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _flow_shift(root: Path) -> float:
     """The shift of the folder's scheduler; SANA's 3.0 where none is recorded."""
     path = root / "scheduler" / "scheduler_config.json"
-    values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return float(values.get("flow_shift", 3.0))
+    return float(read_json(path).get("flow_shift", 3.0)) if path.exists() else 3.0

@@ -14,12 +14,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .files import DataError, read_json, read_tensors
+
 SELECTED_TOKENS = 300  # what the transformer sees: the first token and the last 299
 INSTRUCTION_SHA256 = "48290080bb4fd4a264bdc81d0647ac0221359a36506e2b3e954616d6cb48c3da"
 
 
 class TextEncoder(Protocol):
     width: int
+
+    def check(self, prompts: list[str]) -> None:
+        """ValueError for a prompt that the encoder cannot take."""
 
     def encode(self, prompts: list[str], *, negative: bool = False) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -64,6 +69,9 @@ class GemmaTextEncoder:
         model = AutoModel.from_pretrained(root / "text_encoder", dtype=dtype, use_safetensors=True)
         return GemmaTextEncoder(model, AutoTokenizer.from_pretrained(root / "tokenizer"))
 
+    def check(self, prompts: list[str]) -> None:
+        """Any text will do; what is longer than 300 tokens is cut off, as SANA does."""
+
     @torch.no_grad()
     def encode(self, prompts: list[str], *, negative: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, 300, width] and mask [B, 300]; negative prompts go without the instruction."""
@@ -103,6 +111,9 @@ class MiniTextEncoder(nn.Module):
         self.layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.norm = nn.LayerNorm(width)
 
+    def check(self, prompts: list[str]) -> None:
+        self.tokens(prompts)
+
     def tokens(self, prompts: list[str]) -> torch.Tensor:
         """[B, T] word numbers, T the longest prompt of the batch."""
         rows = []
@@ -139,9 +150,10 @@ class MiniTextEncoder(nn.Module):
 
     @staticmethod
     def load(folder: str | Path) -> MiniTextEncoder:
-        from safetensors.torch import load_file
-
-        config = json.loads((Path(folder) / "config.json").read_text())
-        encoder = MiniTextEncoder(**config)
-        encoder.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()})
+        root = Path(folder)
+        try:
+            encoder = MiniTextEncoder(**read_json(root / "config.json"))
+            encoder.load_state_dict({k: v.float() for k, v in read_tensors(root / "model.safetensors").items()})
+        except (TypeError, RuntimeError) as error:
+            raise DataError(f"{root} does not fit its config: {' '.join(str(error).split())}") from None
         return encoder.eval()
