@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .files import DataError
+
 
 def _train(args: argparse.Namespace) -> None:
     from .train import train
@@ -16,48 +18,15 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from .sample import run
 
-    from .pipeline import Pipeline
-
-    pipe = Pipeline.from_pretrained(args.model)
-    out = Path(args.out)
-    with tqdm(desc="sampling", unit="step", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        pictures = pipe(
-            args.prompts, n=args.n, seed=args.seed, steps=args.steps, guidance=args.guidance, height=args.height,
-            width=args.width, negative_prompt=args.negative, sampler=args.sampler, batch_size=args.batch_size,
-            callback=progress,
-        )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    for p, row in enumerate(pictures):
-        for c, picture in enumerate(row):
-            picture.save(out / f"{p:05d}-{c:03d}.png", pnginfo=_png_info(args, args.prompts[p], p, c))
-    print(f"{sum(map(len, pictures))} pictures in {out}/")
+    run(args)
 
 
-def _png_info(args: argparse.Namespace, prompt: str, index: int, candidate: int):  # type: ignore[no-untyped-def]
-    """`parameters` as other tools write it, and the same as JSON under `sana15`."""
-    import json
+def _eval(args: argparse.Namespace) -> None:
+    from .evaluate import run
 
-    from PIL.PngImagePlugin import PngInfo
-
-    values = {
-        "prompt": prompt, "negative_prompt": args.negative, "seed": args.seed, "prompt_index": index,
-        "candidate": candidate, "steps": args.steps, "guidance": args.guidance, "sampler": args.sampler,
-        "model": str(args.model),
-    }  # fmt: skip
-    info = PngInfo()
-    info.add_text(
-        "parameters",
-        f"{prompt}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {args.guidance}, Seed: {args.seed}",
-    )
-    info.add_text("sana15", json.dumps(values))
-    return info
+    run(args)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -87,20 +56,25 @@ def parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    sample = commands.add_parser("sample", help="pictures for prompts")
-    sample.add_argument("prompts", nargs="+", metavar="PROMPT")
-    sample.add_argument("--model", default="mini", help='"mini" or a pipeline folder')
+    sample = commands.add_parser("sample", help="pictures for prompts; the same command resumes")
+    sample.add_argument("prompt", nargs="*", metavar="PROMPT")
+    sample.add_argument(
+        "--prompts", metavar="FILE", help='prompts: GenEval\'s *.jsonl, a text file, or "test" for the shipped test set'
+    )
+    sample.add_argument("--model", default="mini", help='"mini" or a pipeline folder (default mini)')
     sample.add_argument("--out", required=True, metavar="DIR")
-    sample.add_argument("--n", type=int, default=1, help="pictures per prompt")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--steps", type=int, default=20)
-    sample.add_argument("--guidance", type=float, default=4.5)
-    sample.add_argument("--height", type=int, metavar="PIXELS")
-    sample.add_argument("--width", type=int, metavar="PIXELS")
-    sample.add_argument("--negative", default="", metavar="PROMPT")
-    sample.add_argument("--sampler", default="flow_dpm")
-    sample.add_argument("--batch-size", type=int)
+    sample.add_argument("--n", type=int, default=1, help="pictures per prompt (default 1)")
+    sample.add_argument("--batch-size", type=int, metavar="N", help="pictures computed at once")
+    _sampling_options(sample)
     sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser("eval", help="score a folder of pictures in GenEval's layout")
+    evaluate.add_argument("folder", metavar="DIR", help="what sana15 sample --prompts FILE --out DIR wrote")
+    evaluate.add_argument("--rule", default="strict", choices=("strict", "geneval"), help="the checker's rule")
+    evaluate.add_argument("--json", metavar="FILE", help="write scores and verdicts there; - for standard output")
+    evaluate.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    evaluate.set_defaults(run=_eval)
 
     info = commands.add_parser("info", help="parameters and sizes of a published size or a transformer folder")
     info.add_argument("model", metavar="SIZE|DIR")
@@ -108,17 +82,38 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def _sampling_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
+    command.add_argument("--sampler", default="flow_dpm", help="flow_dpm (default) or flow_euler")
+    command.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance scale (default 4.5)")
+    command.add_argument(
+        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="guidance only at noise levels sigma between these (default 0 1)",
+    )  # fmt: skip
+    command.add_argument("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
+    command.add_argument("--height", type=int, metavar="PIXELS")
+    command.add_argument("--width", type=int, metavar="PIXELS")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         args.run(args)
-    except FileNotFoundError as error:
-        print(f"sana15 {args.command}: {error}", file=sys.stderr)
-        return 3
+    except (OSError, DataError) as error:
+        return _fail(args.command, error, 3)
     except ValueError as error:
-        print(f"sana15 {args.command}: {error}", file=sys.stderr)
-        return 3 if "damaged" in str(error) else 2
+        return _fail(args.command, error, 2)
+    except ModuleNotFoundError as error:
+        return _fail(args.command, f"{error}; pip install 'sana-ext[sana15]'", 3)
+    except KeyboardInterrupt:
+        return _fail(args.command, "interrupted", 130)
     return 0
+
+
+def _fail(command: str, error: object, code: int) -> int:
+    print(f"sana15 {command}: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

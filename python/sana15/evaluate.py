@@ -1,0 +1,35 @@
+"""`sana15 eval`: the exact checker's score of a folder of pictures in GenEval's layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .files import replacing
+from .geneval import judge_folder
+from .scores import as_json, score_table, show
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.resamples < 1:
+        raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
+    judged, settings = judge_folder(Path(args.folder), args.rule)
+    table = score_table(judged, args.seed, args.resamples)
+    result = as_json(table, judged, settings | {"rule": args.rule, "resamples": args.resamples})
+    if args.json == "-":
+        print(json.dumps(result))
+        return
+    n = len(judged[0].correct)
+    print(f"{len(judged)} prompts, {n} pictures each, rule {args.rule}")
+    if "model" in settings:
+        low, high = settings.get("guidance_interval", (0.0, 1.0))
+        print(
+            f"model {settings['model']} {settings.get('model_sha256', '')[:10]}, seed {settings.get('seed')}, "
+            f"{settings.get('steps')} steps of {settings.get('sampler')}, guidance {settings.get('guidance')} in [{low:g}, {high:g}]"
+        )
+    print()
+    print(show(table, n))
+    if args.json:
+        with replacing(Path(args.json)) as partial:
+            partial.write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -1,0 +1,86 @@
+"""PNG files that say how they were made: a `parameters` text chunk as other tools write it, and the same as JSON in `sana15`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+import sana_ext
+
+from .files import DataError, replacing
+from .pipeline import Item, Pipeline, Sampling
+
+
+def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, str]) -> dict[str, Any]:
+    """Everything that the picture of `item` follows from; `model` is pipe.identity()."""
+    height, width = pipe.picture_size(settings.height, settings.width)
+    return {
+        "prompt": item.prompt,
+        "negative_prompt": settings.negative_prompt,
+        "seed": settings.seed,
+        "prompt_index": item.index,
+        "candidate": item.candidate,
+        "steps": settings.steps,
+        "sampler": settings.sampler,
+        "guidance": settings.guidance,
+        "guidance_interval": list(settings.guidance_interval),
+        "flow_shift": pipe.flow_shift,
+        "width": width,
+        "height": height,
+        "model": model["name"],
+        "model_sha256": model["sha256"],
+        "version": sana_ext.__version__,
+    }
+
+
+def parameters(values: dict[str, Any]) -> str:
+    """The text that picture viewers know: the prompt, then one line of settings."""
+    lines = [values["prompt"]]
+    if values["negative_prompt"]:
+        lines.append(f"Negative prompt: {values['negative_prompt']}")
+    fields = {
+        "Steps": values["steps"],
+        "Sampler": values["sampler"],
+        "CFG scale": values["guidance"],
+        "Seed": values["seed"],
+        "Size": f"{values['width']}x{values['height']}",
+        "Model hash": values["model_sha256"][:10],
+        "Model": values["model"],
+        "Version": f"sana15 {values['version']}",
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    return "\n".join(lines)
+
+
+def save_png(picture: Image.Image, path: Path, values: dict[str, Any]) -> None:
+    """Writes the picture with its description; a reader never sees a part of it."""
+    info = PngInfo()
+    info.add_text("parameters", parameters(values))
+    info.add_text("sana15", json.dumps(values))
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG", pnginfo=info)
+
+
+def read_png(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any] | None]:
+    """Pixels [H, W, 3] and the description (None where there is none).
+
+    Raises:
+        FileNotFoundError: it is missing. DataError: it is no picture, or not all of one.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+            text = picture.info.get("sana15")
+        values = json.loads(text) if text else None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise DataError(f"{path} is damaged: {reason}") from None
+    return pixels, values if isinstance(values, dict) else None
