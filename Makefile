@@ -1,5 +1,6 @@
 # make test    the environment, the build and the whole test suite: nothing else is needed beforehand but Python and a C++ compiler
-# make demo    the same set-up, then the main job: a stock diffusers SANA pipeline and the same one patched (SIZE= STEPS= MODEL=)
+# make demo    the same set-up, then the main job: pictures by the embedded mini model, judged and timed, in out/demo
+# make demo-diffusers  a stock diffusers SANA pipeline with the 1600M transformer, and the same one patched (SIZE= STEPS= MODEL=)
 # make check   make test and every other check, with the time of each; PARTS="lint symbols" runs only those
 # make build   recompiles what changed      make kernels  registers, spills and PTX of every CUDA kernel (needs nvcc)
 # make lint    make format                  make clean    what builds left behind; VENV stays
@@ -17,13 +18,16 @@ STAMP := $(VENV)/.installed-torch-$(TORCH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: demo test check build kernels lint format clean
+.PHONY: demo demo-diffusers test check build kernels lint format clean
 .DELETE_ON_ERROR:
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: build
+	$(BIN)/sana15 demo --out out/demo || { echo 'make demo-diffusers shows the kernels without a trained model'; exit 1; }
+
+demo-diffusers: build
 	$(BIN)/python benchmarks/demo_diffusers.py $(if $(SIZE),--size $(SIZE)) $(if $(STEPS),--steps $(STEPS)) $(if $(MODEL),--model $(MODEL))
 
 check:

@@ -5,7 +5,7 @@ DC-AE f32c32 autoencoder (fp32), and a text encoder shrunk to one Gemma-2 layer 
 sees what it expects). The pictures are then noise; the arithmetic is the real model's. With --model DIR a folder saved by
 diffusers' SanaPipeline is used instead.
 
-    python benchmarks/demo_diffusers.py --size 512 --steps 2 --out out/demo
+    python benchmarks/demo_diffusers.py --size 512 --steps 2 --out out/demo-diffusers
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="denoising steps (default 2)")
     parser.add_argument("--model", help="folder of a SanaPipeline saved by diffusers (default: random weights)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the pictures and demo.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo-diffusers"), help="folder for the pictures and demo.json"
+    )
     args = parser.parse_args()
     if args.size <= 0 or args.size % 32:
         parser.error(f"--size must be a positive multiple of 32, got {args.size}")

@@ -135,7 +135,7 @@ def test_text_files_and_the_shipped_test_set(sample, tmp_path):
         (["a red circle", "--width", "1000000"], 2, "width must be a multiple of 8"),
         (["a red circle", "--n", "0"], 2, "--n must be at least 1"),
         (["a red circle", "--seed", "-1"], 2, "seed must be an integer from 0 on"),
-        (["a red circle", "--batch-size", "-1"], 2, "batch_size must be a positive integer"),
+        (["a red circle", "--batch-size", "0"], 2, "batch_size must be a positive integer"),
         (["a red circle", "--steps", "0"], 2, "steps must be a positive integer"),
         (["a red circle", "--sampler", "ddim"], 2, "unknown sampler 'ddim'"),
         (["a red circle", "--guidance-interval", "0.9", "0.1"], 2, "guidance_interval must be"),

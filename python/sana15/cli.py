@@ -17,6 +17,12 @@ def _train(args: argparse.Namespace) -> None:
     print(f"exported to {train(load_config(args.config, args.overrides))}")
 
 
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run
+
+    run(args)
+
+
 def _sample(args: argparse.Namespace) -> None:
     from .sample import run
 
@@ -55,6 +61,15 @@ def parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="dotted overrides, such as transformer.flow_shift=2"
     )
     train.set_defaults(run=_train)
+
+    demo = commands.add_parser("demo", help="prompts to pictures with the embedded model: contact sheet, scores, times")
+    demo.add_argument("--out", default="out/demo", metavar="DIR", help="default out/demo")
+    demo.add_argument("--model", default="mini", help='"mini" or a pipeline folder (default mini)')
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
+    demo.add_argument("--per-category", type=int, default=8, help="prompts of each category (default 8)")
+    demo.add_argument("--no-timing", action="store_true", help="skip the comparison with stock diffusers")
+    demo.set_defaults(run=_demo)
 
     sample = commands.add_parser("sample", help="pictures for prompts; the same command resumes")
     sample.add_argument("prompt", nargs="*", metavar="PROMPT")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,10 @@ def run(args: argparse.Namespace) -> None:
     model = pipe.identity()
     described = {item: describe(pipe, settings, item, model) for item in items}
     missing = [item for item in items if not is_there(paths[item], described[item])]
-    batch_size = args.batch_size or (BATCH_MINI if isinstance(pipe.text, MiniTextEncoder) else BATCH)
-    with tqdm(desc="sampling", unit="step", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = BATCH_MINI if isinstance(pipe.text, MiniTextEncoder) else BATCH
+    with progress_bar("sampling") as progress:
         pictures = pipe.sample(missing, settings, batch_size=batch_size, callback=progress)
         # All arguments are checked by now: what comes next is the first thing that is written.
         if args.prompts:
@@ -62,6 +61,18 @@ def run(args: argparse.Namespace) -> None:
             save_png(picture, paths[item], described[item])
     kept = f", {len(items) - len(missing)} were there" if len(missing) < len(items) else ""
     print(f"{len(missing)} pictures written to {out}/{kept}")
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback for Pipeline.sample that draws a bar where standard error is a terminal."""
+    with tqdm(desc=description, unit="step", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def checked(pipe: Pipeline, line: dict[str, Any], index: int, source: str | None) -> dict[str, Any]:

@@ -84,11 +84,14 @@ def _score(value: float, resampled: NDArray[np.float64], prompts: int, pictures:
 
 def show(table: dict[str, dict[str, Score]], n: int) -> str:
     """The table as text: score and interval of all prompts, the scores of seen and of held-out combinations."""
-    titles = ("category", "prompts", "score", "95 % interval", "seen", "held out", f"any of {n}")
+    titles = ["category", "prompts", "score", "95 % interval", "seen", "held out"] + [f"any of {n}"] * (n > 1)
     rows = []
     for row, cells in table.items():
         score = cells["all"]
-        others = [f"{cells[name].value:.3f}" if name in cells else "-" for name in ("seen", "held out", "any")]
+        others = [
+            f"{cells[name].value:.3f}" if name in cells else "-"
+            for name in ("seen", "held out", "any")[: len(titles) - 4]
+        ]
         rows.append((row, str(score.prompts), f"{score.value:.3f}", f"{score.low:.3f} - {score.high:.3f}", *others))
     widths = [max(len(cell) for cell in column) for column in zip(titles, *rows)]
     lines = [
