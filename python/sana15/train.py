@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import Batch, scene_batches
-from .train_config import TrainConfig
+from .train_config import TrainConfig, load_config
 
 
 class Task(Protocol):
@@ -154,9 +154,9 @@ def _record_config(config: TrainConfig, out: Path) -> None:
     """Writes config.yaml; refuses a folder that holds a run with another configuration (more steps are welcome)."""
     path, values = out / "config.yaml", dataclasses.asdict(config)
     if path.exists():
-        before = yaml.safe_load(path.read_text())
+        before = dataclasses.asdict(load_config(path, []))  # options that came later take their defaults
         free = ("steps", "log_every", "save_every", "keep", "sample_every", "sample_steps", "workers", "device", "out")
-        changed = [k for k in values if k not in free and before.get(k) != values[k]]
+        changed = [k for k in values if k not in free and before[k] != values[k]]
         if changed:
             raise ValueError(f"{out} holds a run with another {', '.join(changed)}; choose another `out` or remove it")
     path.write_text(yaml.safe_dump(values, sort_keys=False))

@@ -22,6 +22,7 @@ class TransformerConfig:
     flow_shift: float = 3.0
     caption_drop: float = 0.1  # part of the prompts replaced by the empty one, for guidance
     gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile the transformer: a minute or two at the start, then quicker steps
 
 
 @dataclass

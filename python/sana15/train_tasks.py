@@ -76,6 +76,7 @@ class TransformerTask:
         initialise(model)
         model.gradient_checkpointing = self.config.gradient_checkpointing
         self.module: nn.Module = nn.ModuleDict({"text": text, "transformer": model}).to(device)
+        self.denoise = torch.compile(model) if self.config.compile else model
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         count = len(batch.prompts)
@@ -86,7 +87,10 @@ class TransformerTask:
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         sigma = flow.sample_sigmas(count, generator, flow_shift=self.config.flow_shift).to(self.device)
         text, mask = self.module["text"].encode(prompts)
-        return flow.loss(lambda x, t: self.module["transformer"](x, text, t, mask), x0, noise, sigma).mean()
+        if self.config.compile:  # the longest prompt differs from batch to batch: one compilation for all
+            for tensor in (text, mask):
+                torch._dynamo.mark_dynamic(tensor, 1)
+        return flow.loss(lambda x, t: self.denoise(x, text, t, mask), x0, noise, sigma).mean()
 
     def pipeline(self) -> Pipeline:
         return Pipeline(self.module["text"], self.module["transformer"], self.autoencoder, self.config.flow_shift)
