@@ -14,9 +14,10 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
 __global__ void __launch_bounds__(kThreads) norm_modulate_forward_kernel(NormModulateForward a) {
-  extern __shared__ float row_copy[];  // [C], unused for long rows
-  __shared__ float sums[kWarps], squares[kWarps];
   const bool copied = a.C <= kNormModulateMaxChannels;
+  SharedMemory memory;
+  const Shared<float> sums = memory.take<float>(kWarps), squares = memory.take<float>(kWarps);
+  const Shared<float> row_copy = memory.take<float>(copied ? a.C : 0);
   for (int64_t row = blockIdx.x; row < a.B * a.N; row += gridDim.x) {
     const int64_t b = row / a.N;
     const int64_t start = b * a.x_stride_b + row % a.N * a.x_stride_n;
@@ -40,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) norm_modulate_forward_kernel(NormMod
       store_element(a.n, row * a.C + c, (x - mean) * rstd * (1.0f + scale) + shift);
     }
     if (threadIdx.x == 0) {
-      a.mean[row] = mean;
-      a.rstd[row] = rstd;
+      store_global(a.mean + row, mean);
+      store_global(a.rstd + row, rstd);
     }
     __syncthreads();  // the next row reuses the sums
   }
@@ -53,9 +54,9 @@ cudaError_t norm_modulate_forward(const NormModulateForward& args, cudaStream_t 
   const int64_t rows = args.B * args.N;
   if (rows == 0) return cudaSuccess;
   const unsigned blocks = static_cast<unsigned>(rows < 65536 ? rows : 65536);
-  const size_t shared = args.C <= kNormModulateMaxChannels ? static_cast<size_t>(args.C) * sizeof(float) : 0;
-  norm_modulate_forward_kernel<<<blocks, kThreads, shared, stream>>>(args);
-  return cudaGetLastError();
+  const size_t shared =
+      2 * shared_size<float>(kWarps) + shared_size<float>(args.C <= kNormModulateMaxChannels ? args.C : 0);
+  return SANA_EXT_LAUNCH(norm_modulate_forward_kernel, blocks, kThreads, shared, stream, args);
 }
 
 }  // namespace sana_ext::cuda

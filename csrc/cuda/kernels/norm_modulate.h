@@ -1,8 +1,7 @@
 // LayerNorm and modulation on the GPU: n = (x - mean) * rstd * (1 + scale) + shift, statistics in fp32.
 #pragma once
-#include <cuda_runtime_api.h>
-
 #include "../../common/dtype.h"
+#include "runtime.h"
 
 namespace sana_ext::cuda {
 
