@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
+from safetensors.torch import load_file, save_file
 from test_model import SMALL, batch, pair
 
 from sana15 import SanaConfig, SanaTransformer
-from sana15.checkpoint import WEIGHTS, load_transformer, save_transformer
+from sana15.checkpoint import INDEX, WEIGHTS, load_transformer, save_transformer
+from sana15.files import DataError
 
 
 @pytest.mark.parametrize("shard", ["10GB", "100KB"])
@@ -64,6 +66,37 @@ def test_missing_damaged_and_unfitting(tmp_path):
     (folder / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match="holds no"):
         load_transformer(folder)
+
+
+def test_damaged_index(tmp_path):
+    _, ours = pair()
+    save_transformer(ours, tmp_path / "t", shard_bytes=100_000)
+    index = tmp_path / "t" / INDEX
+    whole = json.loads(index.read_text())
+    name, file = next(iter(whole["weight_map"].items()))
+    outside = whole["weight_map"] | {name: "../t/" + file}
+    lying = whole["weight_map"] | {name: sorted(set(whole["weight_map"].values()))[-1]}
+    absent = whole["weight_map"] | {name: "absent.safetensors"}
+    for text, error, match in (
+        ("{", DataError, "is damaged"),
+        ("[]", DataError, "no JSON object"),
+        ("{}", DataError, "weight_map must map"),
+        (json.dumps({"weight_map": outside}), DataError, "files in the same folder"),
+        (json.dumps({"weight_map": lying}), DataError, f"lacks {name}, which the index says"),
+        (json.dumps({"weight_map": absent}), FileNotFoundError, "named by the index but missing"),
+    ):
+        index.write_text(text)
+        with pytest.raises(error, match=match):
+            load_transformer(tmp_path / "t")
+
+
+def test_integer_weights_are_refused(tmp_path):
+    _, ours = pair()
+    save_transformer(ours, tmp_path / "t")
+    state = load_file(tmp_path / "t" / WEIGHTS)
+    save_file(state | {"proj_out.bias": state["proj_out.bias"].to(torch.int8)}, tmp_path / "t" / WEIGHTS)
+    with pytest.raises(DataError, match=r"proj_out\.bias holds I8"):
+        load_transformer(tmp_path / "t")
 
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):

@@ -92,6 +92,8 @@ def test_config_files_and_overrides(tmp_path):
         (["steps=0"], "steps must be at least 1"),
         (["precision=fp8"], "precision must be one of"),
         (["lr"], "must have the form key=value"),
+        (["betas=[1"], "the value is not valid YAML"),
+        (["seed=1", "seed.x=2"], "seed is no mapping"),
         (["transformer=3"], "transformer must be a mapping"),
     ],
 )

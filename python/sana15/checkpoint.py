@@ -1,4 +1,4 @@
-"""Transformer weights in diffusers' folders: strict, sharded or whole, safetensors only. The release's .pth: release.py."""
+"""Weights in diffusers' folders: strict, sharded or whole, safetensors only. The layout of the authors' .pth: release.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +20,19 @@ from .model import SanaTransformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is not in memory yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+
+Weights = Mapping[str, Weight]
 
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
@@ -41,24 +54,60 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     return files
 
 
+def folder_weights(folder: str | Path) -> dict[str, Weight]:
+    """Every tensor of a folder, by name."""
+    files = weight_files(folder)
+    weights: dict[str, Weight] = {}
+    for path in sorted(set(files.values())):
+        there = file_weights(path)
+        for name in (n for n, file in files.items() if file == path):
+            if name not in there:
+                raise DataError(f"{path} lacks {name}, which the index says it holds")
+            weights[name] = there[name]
+    return weights
+
+
+def file_weights(path: Path) -> dict[str, Weight]:
+    """Every tensor of a safetensors file; the file stays open as long as one of them is needed."""
+    stored = open_tensors(path)
+    weights = {}
+    for name in stored.keys():  # noqa: SIM118, no mapping
+        part = stored.get_slice(name)
+        if part.get_dtype() not in DTYPES:
+            raise DataError(f"{path}: {name} holds {part.get_dtype()}, not floating-point numbers of 16 bits or more")
+        weights[name] = Weight(tuple(part.get_shape()), DTYPES[part.get_dtype()], lambda n=name: stored.get_tensor(n))  # type: ignore[misc]
+    return weights
+
+
+def require_fit(weights: Weights, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """DataError that names the tensors missing, unexpected, or of another shape than expected."""
+    require_names(expected, weights, f"{where} does not fit its config")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise DataError(f"{where}: {name} is {list(weights[name].shape)}, the config says {list(shape)}")
+
+
+def require_names(expected: Iterable[str], found: Iterable[str], message: str) -> None:
+    """DataError with `message` and the names that are on one side only."""
+    missing, unexpected = sorted({*expected} - {*found}), sorted({*found} - {*expected})
+    if missing or unexpected:
+        parts = [_list(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        raise DataError(f"{message}: {'; '.join(parts)}")
+
+
+def _list(what: str, names: list[str]) -> str:
+    return f"{len(names)} tensors {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
 def load_weights(model: nn.Module, folder: str | Path, dtype: torch.dtype) -> None:
     """Fills a model (built on the meta device, say) from a folder's weights; names and shapes must fit exactly.
 
     Raises:
         FileNotFoundError: weights are missing. DataError: a damaged file, or names, shapes or dtypes that do not fit.
     """
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    files = weight_files(folder)
-    require_names(expected.keys(), files.keys(), f"{folder} does not fit its config")
-    state = {}
-    for path in sorted(set(files.values())):
-        with open_tensors(path) as stored:
-            there = set(stored.keys())
-            for name in (n for n, file in files.items() if file == path):
-                if name not in there:
-                    raise DataError(f"{path} lacks {name}, which the index says it holds")
-                state[name] = _fitting(stored.get_tensor(name), name, expected[name], path).to(dtype)
-    model.load_state_dict(state, strict=True, assign=True)
+    weights = folder_weights(folder)
+    require_fit(weights, {name: tuple(p.shape) for name, p in model.state_dict().items()}, str(folder))
+    model.load_state_dict({name: w.load().to(dtype) for name, w in weights.items()}, strict=True, assign=True)
 
 
 def load_transformer(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> SanaTransformer:
@@ -74,43 +123,39 @@ def save_transformer(
     model: SanaTransformer, folder: str | Path, *, dtype: torch.dtype | None = None, shard_bytes: int | None = None
 ) -> None:
     """Writes a folder that diffusers' SanaTransformer2DModel.from_pretrained loads; complete or not at all."""
-    state = model.state_dict()
-    write_folder(model.config, folder, lambda name: state[name], dtype or model.proj_out.weight.dtype, shard_bytes)
+    weights = {name: Weight(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in model.state_dict().items()}  # type: ignore[misc]
+    write_folder(model.config, weights, folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
 def write_folder(
     config: SanaConfig,
+    weights: Weights,
     folder: str | Path,
-    tensor: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
+    *,
+    dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
 ) -> None:
-    """Writes config.json and the weights that `tensor(name)` returns, asked for one shard at a time.
+    """Writes config.json and the weights, one file in memory at a time.
 
     Args:
-        shard_bytes: the most a file may hold; more tensors go to further files, named by an index. None: one file.
+        dtype: of all tensors; None: as they are.
+        shard_bytes: the most that a file may hold; more goes to further files, named by an index. None: one file.
     """
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(config, partial, tensor, dtype, shard_bytes)
+        (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        _write_shards(weights, partial, dtype, shard_bytes)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(
-    config: SanaConfig,
-    folder: Path,
-    tensor: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
-    shard_bytes: int | None,
-) -> None:
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    sizes = {name: count * dtype.itemsize for name, count in parameter_sizes(config).items()}
+def _write_shards(weights: Weights, folder: Path, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
+    sizes = {name: torch.Size(w.shape).numel() * (dtype or w.dtype).itemsize for name, w in weights.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -124,42 +169,23 @@ def _write(
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        # A clone, because chunks of one tensor may not share memory in a file.
-        state = {name: tensor(name).detach().to("cpu", dtype, copy=True).contiguous() for name in names}
-        save_file(state, folder / file, metadata={"format": "pt"})
+        write_tensors({name: weights[name] for name in names}, folder / file, dtype)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def parameter_sizes(config: SanaConfig) -> dict[str, int]:
-    """Parameter name -> number of values."""
-    with torch.device("meta"):
-        return {name: p.numel() for name, p in SanaTransformer(config).named_parameters()}
-
-
-def require_names(expected: Mapping | set, found: Mapping | set, message: str) -> None:  # type: ignore[type-arg]
-    """DataError with `message` and the names on one side only."""
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unexpected:
-        parts = [_list(what, names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
-        raise DataError(f"{message}: {'; '.join(parts)}")
-
-
-def _fitting(tensor: torch.Tensor, name: str, shape: tuple[int, ...], path: Path) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise DataError(f"{path}: {name} is {list(tensor.shape)}, the config says {list(shape)}")
-    if not tensor.is_floating_point():
-        raise DataError(f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
-    return tensor
-
-
-def _list(what: str, names: list[str]) -> str:
-    return f"{len(names)} tensors {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+def write_tensors(weights: Weights, path: Path, dtype: torch.dtype | None = None) -> None:
+    """One safetensors file. Tensors are copied, because parts of one tensor must not share memory in a file."""
+    state = {
+        name: w.load().detach().to("cpu", dtype or w.dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, w in weights.items()
+    }
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def parse_bytes(text: str) -> int:
-    """ "5GB", "500MB", "100kB" or a number of bytes; ValueError for anything else."""
+    """The bytes of "5GB", "500MB", "100kB" or a plain number; ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
     size = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]] if match else 0
     if size < 1:

@@ -35,6 +35,25 @@ def _eval(args: argparse.Namespace) -> None:
     run(args)
 
 
+def _convert(args: argparse.Namespace) -> None:
+    import torch
+
+    from .checkpoint import parse_bytes
+    from .release import convert, parameter_shapes
+    from .train_config import parse_overrides
+
+    dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    shard_bytes = parse_bytes(args.shard_size) if args.shard_size else None
+    changes = parse_overrides(args.changes)
+    config = convert(args.source, args.target, dtype=dtype, shard_bytes=shard_bytes, ema=args.ema, changes=changes)
+    total = sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values())
+    print(
+        f"{args.target}: {total:,} parameters, {config.num_layers} blocks of width {config.width}, "
+        f"{config.num_cross_attention_heads} cross-attention heads, qk-norm {config.qk_norm or 'none'}, made for "
+        f"{config.sample_size}x{config.sample_size} latents, position embedding {config.interpolation_scale or 'none'}"
+    )
+
+
 def _info(args: argparse.Namespace) -> None:
     import torch
 
@@ -90,6 +109,21 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
     evaluate.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     evaluate.set_defaults(run=_eval)
+
+    convert = commands.add_parser("convert", help="the authors' .pth or a diffusers folder to a diffusers folder")
+    convert.add_argument(
+        "source", metavar="IN", help=".pth or .safetensors in the release's layout, or a transformer folder"
+    )
+    convert.add_argument(
+        "target", metavar="OUT", help="folder, or FILE.safetensors for the release's layout; must not exist"
+    )
+    convert.add_argument(
+        "changes", nargs="*", metavar="key=value", help="what a release file does not tell, such as sample_size=16"
+    )
+    convert.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
+    convert.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: one file)")
+    convert.add_argument("--ema", action="store_true", help="the averaged weights of a .pth")
+    convert.set_defaults(run=_convert)
 
     info = commands.add_parser("info", help="parameters and sizes of a published size or a transformer folder")
     info.add_argument("model", metavar="SIZE|DIR")

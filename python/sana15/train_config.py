@@ -91,6 +91,12 @@ def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
             raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a mapping of keys to values")
+    return _build(TrainConfig, parse_overrides(overrides, values), "")
+
+
+def parse_overrides(overrides: list[str], values: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`values` with `a.b=value` overrides put in, values in YAML's syntax; ValueError names a bad one."""
+    values = {} if values is None else values
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -99,8 +105,13 @@ def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
         *parents, last = key.split(".")
         for parent in parents:
             target = target.setdefault(parent, {})
-        target[last] = yaml.safe_load(text)
-    return _build(TrainConfig, values, "")
+            if not isinstance(target, dict):
+                raise ValueError(f"override {override!r}: {parent} is no mapping")
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"override {override!r}: the value is not valid YAML") from None
+    return values
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
