@@ -140,6 +140,9 @@ def test_wrong_usage(tmp_path, capsys):
     assert main(["eval", str(tmp_path / "none")]) == 3
     assert "is no folder" in capsys.readouterr().err
     assert main(["eval", str(tmp_path), "--resamples", "0"]) == 2
+    assert "--resamples must be at least 1" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), "--json", str(tmp_path / "none" / "scores.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_file_names_with_more_digits(folder):

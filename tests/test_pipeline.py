@@ -1,5 +1,6 @@
 """sana15.Pipeline on tiny random weights: what a seed fixes, guidance, errors, and diffusers' pipeline as the measure."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -171,6 +172,19 @@ def test_save_and_load(pipe, tmp_path):
     weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     assert loaded.identity() == {"name": tmp_path.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     assert pipe.identity()["name"] == "unsaved"
+
+
+def test_parts_that_do_not_belong_together(pipe, tmp_path):
+    from sana15.checkpoint import save_transformer
+
+    save_transformer(pipe.transformer, tmp_path / "transformer")
+    MiniTextEncoder(["a"], width=32, heads=2).save(tmp_path / "text_encoder")
+    pipe.autoencoder.model.save_pretrained(tmp_path / "vae")
+    with pytest.raises(DataError, match=r"text encoder gives features \[32\], the transformer takes \[16\]"):
+        Pipeline.from_pretrained(tmp_path)
+    sprint = SanaTransformer(dataclasses.replace(pipe.config, guidance_embeds=True))
+    with pytest.raises(ValueError, match="this is a Sprint model"):
+        Pipeline(pipe.text, sprint, pipe.autoencoder)("a red circle")
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -123,6 +124,23 @@ def test_text_files_and_the_shipped_test_set(sample, tmp_path):
     assert len(read_prompts("test")) == 488
 
 
+def test_published_parts_take_any_text(tmp_path, capsys):
+    """Gemma, DC-AE with 32 pixels per latent, bf16; GenEval's own classes; a prompt longer than 300 tokens is cut off."""
+    folder = tiny_pipeline.make_published(tmp_path / "model")
+    lines = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}]
+    lines.append({"prompt": "a very long story " * 200})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", str(folder), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main(["sample", "--prompts", str(tmp_path / "p.jsonl"), *options]) == 0
+    assert [p.shape for p in pixels(tmp_path / "out").values()] == [(64, 64, 3)] * 2
+    assert main(["eval", str(tmp_path / "out")]) == 3
+    assert "00000/metadata.jsonl: unknown shape 'bench'" in capsys.readouterr().err
+    assert main(["sample", "", *options]) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+    assert main(["sample", "a cat", *options, "--height", "48"]) == 2
+    assert "height must be a multiple of 32" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -181,6 +199,17 @@ def test_foreign_pictures_are_never_replaced(sample, tmp_path):
     assert code == 2
     assert "was not made by sana15 sample" in printed.err
     assert read_png(tmp_path / "out" / "00000-000.png")[1] is None
+
+
+def test_a_damaged_checkpoint(model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    weights = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert main(["sample", "a red circle", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 3
+    error = capsys.readouterr().err
+    assert f"{weights} is damaged" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_mini_model(tmp_path, capsys, monkeypatch):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
+from sana15.files import DataError
 from sana15.text import GemmaTextEncoder, MiniTextEncoder, complex_human_instruction
 
 PROMPTS = ["A Red circle ", "", "two blue squares left of a star " * 40]
@@ -63,6 +65,26 @@ def test_save_and_load(gemma, tmp_path):
     torch.testing.assert_close(loaded.encode(PROMPTS[:1])[0], expected)
     with pytest.raises(ValueError, match="overflows in float16"):
         GemmaTextEncoder.load(tmp_path, torch.float16)
+
+
+@pytest.mark.parametrize("damage", ["cut", "config", "lacking", "tokenizer"])
+def test_damaged_gemma_is_one_clear_error(gemma, tmp_path, damage):
+    model, tokenizer = gemma
+    model.save_pretrained(tmp_path / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    weights = tmp_path / "text_encoder" / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "config":
+        (tmp_path / "text_encoder" / "config.json").write_text("{")
+    elif damage == "lacking":
+        state = load_file(weights)
+        del state["layers.1.mlp.up_proj.weight"]
+        save_file(state, weights, metadata={"format": "pt"})
+    else:
+        (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"cannot be loaded|lacks 1 tensors, among them layers\.1\.mlp\.up_proj"):
+        GemmaTextEncoder.load(tmp_path)
 
 
 @pytest.fixture

@@ -16,6 +16,33 @@ SIZES = {
 }  # fmt: skip
 
 
+def make_published(folder: Path) -> Path:
+    """The published models' parts at toy size: Gemma-2 with a tokenizer, DC-AE with 32 pixels per latent, 64x64 pictures."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        ["User Prompt: anything"], 300, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    gemma = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    Gemma2Model(gemma).save_pretrained(folder / "text_encoder")
+    save_transformer(SanaTransformer(SanaConfig(**SIZES | {"sample_size": 2})), folder / "transformer")
+    stages = {"block_types": ["ResBlock"] * 6, "block_out_channels": (16,) * 6, "layers_per_block": (1,) * 6}
+    stages |= {"qkv_multiscales": ((),) * 6}
+    sides = {f"{side}_{name}": value for name, value in stages.items() for side in ("encoder", "decoder")}
+    Autoencoder.build(MINI | sides).model.save_pretrained(folder / "vae")
+    return folder
+
+
 def make(folder: Path) -> Path:
     torch.manual_seed(0)
     save_transformer(SanaTransformer(SanaConfig(**SIZES)), folder / "transformer", dtype=torch.float16)

@@ -14,6 +14,8 @@ from .scores import as_json, score_table, show
 def run(args: argparse.Namespace) -> None:
     if args.resamples < 1:
         raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
+    if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
     judged, settings = judge_folder(Path(args.folder), args.rule)
     table = score_table(judged, args.seed, args.resamples)
     result = as_json(table, judged, settings | {"rule": args.rule, "resamples": args.resamples})

@@ -16,7 +16,7 @@ from PIL import Image
 from . import flow
 from .autoencoder import Autoencoder
 from .config import SanaConfig
-from .files import read_json
+from .files import DataError, read_json
 from .model import SanaTransformer
 from .text import GemmaTextEncoder, MiniTextEncoder, TextEncoder
 
@@ -100,6 +100,13 @@ class Pipeline:
         text: TextEncoder = MiniTextEncoder.load(root / "text_encoder") if mini else GemmaTextEncoder.load(root)
         transformer = load_transformer(root / "transformer", dtype=dtype)
         pipe = Pipeline(text, transformer, Autoencoder.load(root / "vae"), _flow_shift(root))
+        config = transformer.config
+        for what, part, needed in (
+            ("text encoder gives features", text.width, config.caption_channels),
+            ("autoencoder has channels", pipe.autoencoder.channels, config.in_channels),
+        ):
+            if part != needed:
+                raise DataError(f"{root}: the {what} [{part}], the transformer takes [{needed}]")
         pipe.source = root
         return pipe.to(device)
 
@@ -205,6 +212,8 @@ class Pipeline:
         """
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        if self.config.guidance_embeds:
+            raise ValueError("this is a Sprint model; its few-step sampler is not part of sana15")
         shape = self.latent_shape(settings.height, settings.width)
         plan = flow.schedule(settings.steps, sampler=settings.sampler, flow_shift=self.flow_shift)
         self.text.check([*{item.prompt for item in items}, settings.negative_prompt])

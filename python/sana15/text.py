@@ -58,6 +58,7 @@ class GemmaTextEncoder:
     @staticmethod
     def load(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> GemmaTextEncoder:
         """From a pipeline folder with `text_encoder/` and `tokenizer/`; fp16 is refused because Gemma-2 overflows in it."""
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
 
         if dtype == torch.float16:
@@ -66,8 +67,17 @@ class GemmaTextEncoder:
         for part in ("text_encoder", "tokenizer"):
             if not (root / part).is_dir():
                 raise FileNotFoundError(f"{root / part} is missing: not a SANA pipeline folder")
-        model = AutoModel.from_pretrained(root / "text_encoder", dtype=dtype, use_safetensors=True)
-        return GemmaTextEncoder(model, AutoTokenizer.from_pretrained(root / "tokenizer"))
+        try:
+            model, report = AutoModel.from_pretrained(
+                root / "text_encoder", dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise DataError(f"{root}: the text encoder or tokenizer cannot be loaded: {error}") from None
+        if report["missing_keys"]:
+            names = sorted(report["missing_keys"])
+            raise DataError(f"{root / 'text_encoder'} lacks {len(names)} tensors, among them {names[0]}")
+        return GemmaTextEncoder(model, tokenizer)
 
     def check(self, prompts: list[str]) -> None:
         """Any text will do; what is longer than 300 tokens is cut off, as SANA does."""
