@@ -30,6 +30,8 @@ def test_diffusers_loads_what_we_save(tmp_path):
     save_transformer(ours, tmp_path / "transformer")
     loaded = SanaTransformer2DModel.from_pretrained(tmp_path / "transformer")
     assert loaded.config.num_layers == SMALL["num_layers"]
+    modes = {path.stat().st_mode for path in (tmp_path / "transformer").iterdir()}
+    assert len(modes) == 1  # weights are as readable as config.json
     for name, value in theirs.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
 
@@ -107,7 +109,7 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("sana15.checkpoint.save_file", full)
+    monkeypatch.setattr("sana15.checkpoint.write_tensors", full)
     with pytest.raises(OSError, match="no space"):
         save_transformer(SanaTransformer(SanaConfig(**SMALL)), tmp_path / "t")
     assert (tmp_path / "t" / WEIGHTS).read_bytes() == before

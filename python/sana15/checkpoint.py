@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .config import SanaConfig
-from .files import DataError, open_tensors, read_json
+from .files import DataError, open_tensors, read_json, write_tensors
 from .model import SanaTransformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -169,19 +168,19 @@ def _write_shards(weights: Weights, folder: Path, dtype: torch.dtype | None, sha
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        write_tensors({name: weights[name] for name in names}, folder / file, dtype)
+        write_weights({name: weights[name] for name in names}, folder / file, dtype)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_tensors(weights: Weights, path: Path, dtype: torch.dtype | None = None) -> None:
+def write_weights(weights: Weights, path: Path, dtype: torch.dtype | None = None) -> None:
     """One safetensors file. Tensors are copied, because parts of one tensor must not share memory in a file."""
     state = {
         name: w.load().detach().to("cpu", dtype or w.dtype, copy=True, memory_format=torch.contiguous_format)
         for name, w in weights.items()
     }
-    save_file(state, path, metadata={"format": "pt"})
+    write_tensors(state, path)
 
 
 def parse_bytes(text: str) -> int:

@@ -52,6 +52,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: stored.get_tensor(name) for name in names}
 
 
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file with the permissions that any new file gets; the library's own are for the owner alone."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`; renamed to it when the block succeeds, removed when it fails.

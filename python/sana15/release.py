@@ -25,7 +25,7 @@ from .checkpoint import (
     require_fit,
     require_names,
     write_folder,
-    write_tensors,
+    write_weights,
 )
 from .config import SIZES, SanaConfig
 from .files import DataError, replacing
@@ -249,7 +249,7 @@ def convert(
     if target.suffix == ".safetensors":
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as partial:
-            write_tensors(to_release(weights), partial, dtype)
+            write_weights(to_release(weights), partial, dtype)
     else:
         write_folder(config, weights, target, dtype=dtype, shard_bytes=shard_bytes)
     return config

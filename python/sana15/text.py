@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .files import DataError, read_json, read_tensors
+from .files import DataError, read_json, read_tensors, write_tensors
 
 SELECTED_TOKENS = 300  # what the transformer sees: the first token and the last 299
 INSTRUCTION_SHA256 = "48290080bb4fd4a264bdc81d0647ac0221359a36506e2b3e954616d6cb48c3da"
@@ -150,13 +150,11 @@ class MiniTextEncoder(nn.Module):
         return self(self.tokens(prompts).to(self.positions.device))
 
     def save(self, folder: str | Path) -> None:
-        from safetensors.torch import save_file
-
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         config = {"vocabulary": self.vocabulary, "width": self.width, "heads": self.heads}
         (root / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, root / "model.safetensors")
+        write_tensors({k: v.half().contiguous() for k, v in self.state_dict().items()}, root / "model.safetensors")
 
     @staticmethod
     def load(folder: str | Path) -> MiniTextEncoder:
