@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
+from .ops._library import OPS
+
 #: Instruction set levels that SANA_EXT_CPU_ISA may name: x86-64's in rising order, and AArch64's only one.
 ISA_LEVELS = ("baseline", "avx2", "avx512", "neon")
+#: Ops without a kernel in the CPU library, or without a device to dispatch on.
+NOT_ON_CPU = ("cross_attention_forward", "cross_attention_backward", "native_arithmetic")
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,33 @@ def _load(device: str, why_not: Callable[[], str | None] | None) -> Library:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(f"sana_ext: {path} was built but cannot be loaded: {error}") from error
+    if wrong := _mismatch(device):
+        raise _other_version(path, wrong)
     return Library(device, path, True, "loaded")
+
+
+def _mismatch(device: str) -> str | None:
+    """What shows that the library just loaded was built from other sources. A CUDA library may hold some kernels only."""
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {name.removeprefix("sana_ext::") for name in names if name.startswith("sana_ext::")}
+    if unknown := sorted(registered - OPS.keys()):
+        return f"it has kernels of unknown ops ({', '.join(unknown)})"
+    missing = [op for op in OPS if op not in NOT_ON_CPU and not has_kernel(op, device)]
+    return f"it lacks kernels ({', '.join(missing)})" if missing and device == "cpu" else None
+
+
+def _other_version(path: Path, wrong: str) -> ImportError:
+    return ImportError(f"sana_ext: {path} belongs to another version of this package: {wrong}; build it again")
 
 
 def _isa_levels(path: Path) -> tuple[str | None, str | None]:
     library = ctypes.CDLL(str(path))
     levels = []
-    for function in (library.sana_ext_cpu_isa, library.sana_ext_cpu_best_isa):
+    for symbol in ("sana_ext_cpu_isa", "sana_ext_cpu_best_isa"):
+        try:
+            function = getattr(library, symbol)
+        except AttributeError:
+            raise _other_version(path, f"it has no {symbol}()") from None
         function.restype = ctypes.c_char_p
         name = function()
         levels.append(None if name is None else name.decode())

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as _global
 
 from ._extension import has_kernel
-from .ops._checks import SUPPORTED, short
+from .ops._checks import SUPPORTED, short, transforming
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 #: The kernels that each part of a block needs: (forward, backward).
@@ -57,16 +56,6 @@ def find_kernels() -> None:
                 for part, (forward, backward) in KERNELS.items()
                 if all(has_kernel(op, device) for op in (*forward, *(backward if gradients else ())))
             )
-
-
-def transforming() -> bool:
-    """Inside torch.func (grad, jvp, vmap) or forward-mode AD, which the compiled ops do not take part in."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler: dynamo, which guards on the stack of
-# transforms by itself, calls the function while it traces.
-transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def child(module: Any, name: str) -> Any:

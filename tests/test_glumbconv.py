@@ -160,6 +160,9 @@ def test_default_kernels(parameter_grads, bias):
     ops_module = importlib.import_module("sana_ext.ops.glumbconv")  # the package holds the function of that name
     ours = [ops.dwconv_glu_forward(*args), *ops.dwconv_glu_backward(dout, *args, parameter_grads)]
     default = [ops_module._dwconv_glu(*args), *ops_module._dwconv_glu_backward(dout, *args, parameter_grads)]
+    with torch.autocast("cpu"):  # changes nothing here: the op decides its dtypes itself
+        under_autocast = ops_module._dwconv_glu(inputs["u"].float(), *args[1:])
+    assert torch.equal(under_autocast, ops_module._dwconv_glu(inputs["u"].float(), *args[1:]))
     for a, b in zip(ours, default):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)

@@ -120,6 +120,15 @@ def test_without_libraries_the_default_kernels_answer_and_are_reported(tmp_path)
     assert result.stdout.startswith(str(folder))
 
 
+def test_without_libraries_the_self_test_passes(tmp_path):
+    """Where the kernels are compiled, nothing else runs the default kernels of most ops, or their gradients."""
+    folder = copy_package(tmp_path)
+    result = python("import runpy; runpy.run_module('sana_ext', run_name='__main__')", folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every op runs its PyTorch default" in result.stdout
+    assert "all agree with their references" in result.stdout
+
+
 @needs_cpu_library
 def test_missing_bindings_disable_no_kernel(tmp_path):
     folder = copy_package(tmp_path, "libsana_ext_cpu.so")
@@ -140,6 +149,35 @@ def test_corrupt_library_raises_and_names_the_file(tmp_path):
     assert last.startswith("ImportError: sana_ext:")
     assert str(library) in last
     assert "cannot be loaded" in last
+
+
+FOREIGN = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+torch::stable::Tensor same(const torch::stable::Tensor& x) { return x; }
+STABLE_TORCH_LIBRARY_IMPL(sana_ext, CPU, m) { m.impl("op_of_another_version", TORCH_BOX(&same)); }
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [("int nothing;", r"it lacks kernels \(linear_forward, .*\)"), (FOREIGN, r"unknown ops \(op_of_another_version\)")],
+    ids=["no kernels", "unknown op"],
+)
+def test_library_of_another_version_raises_and_names_the_file(tmp_path, source, says):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs c++")
+    folder = copy_package(tmp_path)
+    library = folder / "sana_ext/libsana_ext_cpu.so"
+    torch_folder = Path(torch.__file__).parent
+    include = [f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include"]
+    flags = ["-std=c++17", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000", *include]
+    (tmp_path / "foreign.cpp").write_text(source)
+    link = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(library)]
+    subprocess.run([compiler, *flags, str(tmp_path / "foreign.cpp"), *link], check=True)
+    last = python("import sana_ext", folder).stderr.strip().splitlines()[-1]
+    assert re.fullmatch(rf"ImportError: sana_ext: {library} belongs to another version .* {says}; build it again", last)
 
 
 def test_unknown_level_gives_one_clear_line():

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "../common/check.h"
@@ -69,10 +71,25 @@ inline void check_same_precision(const Tensor& x, const OptionalTensor& t, const
   if (t) check_same_precision(x, *t, name);
 }
 
+// Runs a call of torch that allocates; through the stable ABI such a call does not say why it failed.
+template <class Allocate>
+Tensor allocated(const Allocate& allocate, int64_t elements) {
+  try {
+    return allocate();
+  } catch (const std::exception&) {
+    throw std::runtime_error("sana_ext: out of memory: cannot allocate " + std::to_string(elements) + " elements");
+  }
+}
+
+inline Tensor dense(const Tensor& t) {
+  return allocated([&] { return torch::stable::contiguous(t); }, t.numel());
+}
+inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(dense(*t)) : std::nullopt; }
+
 // The kernels take any strides except on the last dimension, which must be dense (or of size 1); else a copy is made.
 inline Tensor dense_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : dense(t);
 }
 inline OptionalTensor dense_rows(const OptionalTensor& t) { return t ? OptionalTensor(dense_rows(*t)) : std::nullopt; }
 
@@ -93,7 +110,9 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, shape, dtype);
+  int64_t elements = 1;
+  for (const int64_t size : shape) elements *= size;
+  Tensor t = allocated([&] { return torch::stable::new_empty(like, shape, dtype); }, elements);
   prefer_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
   return t;
 }

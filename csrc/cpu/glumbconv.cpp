@@ -15,17 +15,13 @@ void check_arguments(const Tensor& u, const Tensor& weight, const OptionalTensor
   check_same_precision(u, bias, "bias");
 }
 
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
 int64_t grain(int64_t items, int64_t elements) { return items * kGrainElements / (elements + 1); }
 
 Tensor dwconv_glu_forward_cpu(const Tensor& u_in, const Tensor& weight_in, const OptionalTensor& bias_in,
                               int64_t height, int64_t width) {
   check_arguments(u_in, weight_in, bias_in, height, width);
-  const Tensor u = dense_rows(u_in), weight = torch::stable::contiguous(weight_in);
-  const OptionalTensor bias = contiguous(bias_in);
+  const Tensor u = dense_rows(u_in), weight = dense(weight_in);
+  const OptionalTensor bias = dense(bias_in);
   const int64_t B = u.size(0), N = u.size(1), F = u.size(2) / 2;
   Tensor result = empty(u, {B, N, F}, u.scalar_type());
   DwconvGluForward a{};
@@ -45,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_glu_backward_cpu(const Tensor& dout_in
   const int64_t B = u_in.size(0), N = u_in.size(1), F = u_in.size(2) / 2;
   check_shape(dout_in, "dout", {B, N, F});
   check(dout_in.scalar_type() == u_in.scalar_type(), "dout must have the dtype of u");
-  const Tensor dout = dense_rows(dout_in), u = dense_rows(u_in), weight = torch::stable::contiguous(weight_in);
-  const OptionalTensor bias = contiguous(bias_in);
+  const Tensor dout = dense_rows(dout_in), u = dense_rows(u_in), weight = dense(weight_in);
+  const OptionalTensor bias = dense(bias_in);
   const ScalarType acc = accumulator_of(u);
   // Absent outputs are tensors of no elements, as in the schema's other kernels.
   Tensor du = empty(u, {B, N, 2 * F}, u.scalar_type()), dweight = empty(u, {0}, acc), dbias = empty(u, {0}, acc),

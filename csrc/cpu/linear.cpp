@@ -153,7 +153,7 @@ Tensor linear_forward_cpu(const Tensor& x_in, const Tensor& weight_in, const Opt
 
   Tensor bias_acc = empty(x, {1, bias_in ? F : 0}, acc);
   if (bias_in) {
-    const Tensor bias = torch::stable::contiguous(*bias_in);
+    const Tensor bias = dense(*bias_in);
     run_convert({1, F, in(bias, "bias"), F, nullptr, 0, out(bias_acc), F});
   }
   const void* bias = bias_in ? bias_acc.const_data_ptr() : nullptr;

@@ -51,8 +51,8 @@ struct Problem {
           double eps_)
       : like(like_),
         s(s_),
-        weight_q(contiguous(wq)),
-        weight_k(contiguous(wk)),
+        weight_q(dense(wq)),
+        weight_k(dense(wk)),
         eps(eps_),
         state(like_),
         rstd_q(like_),
@@ -80,18 +80,14 @@ struct Problem {
     statistics(rstd_k_, "rstd_k", bool(weight_k));
     for (const Tensor* t : {&state_, &rstd_q_, &rstd_k_})
       check(t->scalar_type() == accumulator_of(like), "state, rstd_q and rstd_k must have the accumulator type");
-    state = torch::stable::contiguous(state_);
-    rstd_q = torch::stable::contiguous(rstd_q_);
-    rstd_k = torch::stable::contiguous(rstd_k_);
+    state = dense(state_);
+    rstd_q = dense(rstd_q_);
+    rstd_k = dense(rstd_k_);
   }
 
   Tensor accumulators(std::initializer_list<int64_t> shape) const { return empty(like, shape, accumulator_of(like)); }
   Tensor partial_states() const { return accumulators({s.B, chunks(s), s.H, s.D + 1, s.P}); }
   int64_t grain(int64_t tokens) const { return kGrainElements / (tokens * s.H * s.D); }
-
-  static OptionalTensor contiguous(const OptionalTensor& t) {
-    return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-  }
 };
 
 void* data(Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }

@@ -82,8 +82,8 @@ Backward run_backward(const OptionalTensor& dz_in, const OptionalTensor& dn_in, 
   }
   const int64_t blocks = (N + kNormModulateBlock - 1) / kNormModulateBlock;
   Tensor partial = empty(first, {B, blocks, 3, C}, acc);
-  const OptionalTensor mean = mean_in ? OptionalTensor(torch::stable::contiguous(*mean_in)) : std::nullopt;
-  const OptionalTensor rstd = rstd_in ? OptionalTensor(torch::stable::contiguous(*rstd_in)) : std::nullopt;
+  const OptionalTensor mean = dense(mean_in);
+  const OptionalTensor rstd = dense(rstd_in);
   NormModulateBackward a{};
   a.B = B, a.N = N, a.C = C, a.fp64 = is_fp64(first);
   a.dz = in(dz, "dz"), a.dz_stride_b = stride(dz, 0), a.dz_stride_n = stride(dz, 1);

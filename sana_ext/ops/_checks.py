@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 SUPPORTED = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+
+
+#: More cannot be addressed, and their byte counts would overflow 64-bit integers.
+MAX_ELEMENTS = 2**45
 
 
 def short(dtype: torch.dtype) -> str:
@@ -18,11 +26,14 @@ def tensor(op: str, name: str, value: object, ndim: int | tuple[int, ...], layou
     """`value` is a dense floating-point tensor of the given rank and a supported dtype for its device."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"sana_ext.{op}: {name} must be a torch.Tensor {layout}, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout_name = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"sana_ext.{op}: {name} must be a dense tensor, got {layout_name}")
     ranks = (ndim,) if isinstance(ndim, int) else ndim
     if value.dim() not in ranks:
         raise ValueError(f"sana_ext.{op}: {name} must have shape {layout}, got {list(value.shape)}")
-    if value.layout != torch.strided:
-        raise ValueError(f"sana_ext.{op}: {name} must be a dense tensor, got layout {value.layout}")
+    if all(type(size) is int for size in value.shape) and math.prod(value.shape) > MAX_ELEMENTS:
+        raise ValueError(f"sana_ext.{op}: {name} must have at most 2^45 elements, got {list(value.shape)}")
     supported = SUPPORTED.get(value.device.type)
     if supported is not None and value.dtype not in supported:
         names = ", ".join(map(short, supported))
@@ -65,3 +76,37 @@ def positive(op: str, name: str, value: float) -> None:
         raise TypeError(f"sana_ext.{op}: {name} must be a number >= 0, got {type(value).__name__}")
     if not value >= 0:  # also refuses NaN
         raise ValueError(f"sana_ext.{op}: {name} must be a number >= 0, got {value}")
+
+
+def transforming() -> bool:
+    """Inside torch.func (grad, jvp, vmap) or forward-mode AD."""
+    return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: dynamo, which guards on the stack of
+# transforms by itself, calls the function while it traces.
+transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def plain_autograd(op: str, **tensors: torch.Tensor | None) -> None:
+    """No tensor carries a derivative of torch.func or of forward-mode AD, which the ops would drop without a word."""
+    if not transforming():
+        return
+    for name, t in tensors.items():
+        if t is not None and _carries_derivative(t):
+            raise NotImplementedError(
+                f"sana_ext.{op}: {name} is differentiated by torch.func or by forward-mode AD, which is not supported "
+                f"(torch.autograd is); use sana_ext.reference.{op} there"
+            )
+
+
+def _carries_derivative(t: torch.Tensor) -> bool:
+    while True:
+        batched = functorch.is_batchedtensor(t)
+        if not batched and forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            return True
+        if not functorch.is_functorch_wrapped_tensor(t):
+            return False
+        if functorch.is_gradtrackingtensor(t) and t.requires_grad:
+            return True
+        t = functorch.get_unwrapped(t)

@@ -34,18 +34,27 @@ def differentiable(
         return
 
     def refuse(ctx: Any, *grads: Any) -> None:
+        public = name.removesuffix("_forward")
         raise NotImplementedError(
-            f"sana_ext.{OPS[name]}: second derivatives are not supported; use sana_ext.reference.{OPS[name]} where you need them"
+            f"sana_ext.{public}: second derivatives are not supported; use sana_ext.reference.{public} where you need them"
         )
 
     torch.library.register_autograd(f"sana_ext::{backward_op}", refuse)
 
 
+def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A default kernel decides its own dtypes, as the compiled ones do."""
+
+    def run(*args: Any) -> Any:
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 accumulates in float64, everything else in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def sum_to(grad: torch.Tensor, dtype: torch.dtype, dims: tuple[int, ...]) -> torch.Tensor:
-    """Sum over `dims` in the accumulator type, stored as `dtype`."""
-    return grad.sum(dims).to(dtype)

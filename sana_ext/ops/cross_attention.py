@@ -43,7 +43,7 @@ def _cross_attention_backward(
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     per_head = max(1, N * k.shape[1])
     heads = max(1, min(H, BLOCK_ELEMENTS // per_head))
-    images = max(1, BLOCK_ELEMENTS // (per_head * heads)) if heads == H else 1
+    images = max(1, BLOCK_ELEMENTS // (per_head * heads))
     mask = reference.attention_mask(mask)
     with torch.autocast(q.device.type, enabled=False):
         for b in range(0, B, images):
@@ -121,6 +121,7 @@ def cross_attention(
     _check(q, k, v, mask)
     if not upcast(q) and not _small_backward(q, k, v):
         return reference.cross_attention(q, k, v, mask)
+    check.plain_autograd("cross_attention", q=q, k=k, v=v)
     dtype = operand_dtype(q)
     return _op.cross_attention_forward(q.to(dtype), k.to(dtype), v.to(dtype), mask)
 

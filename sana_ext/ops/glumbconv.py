@@ -8,7 +8,7 @@ import torch
 
 from .. import reference
 from . import _checks as check
-from ._library import accumulator_dtype, define, differentiable
+from ._library import accumulator_dtype, define, differentiable, without_autocast
 from .linear import linear
 
 STEM = "glumbconv"
@@ -18,6 +18,7 @@ _op = torch.ops.sana_ext
 # Schema and default kernels
 
 
+@without_autocast
 def _dwconv_glu(
     u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, height: int, width: int
 ) -> torch.Tensor:
@@ -34,6 +35,7 @@ def _none(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(0, dtype=accumulator_dtype(like.dtype))
 
 
+@without_autocast
 def _dwconv_glu_backward(
     dout: torch.Tensor,
     u: torch.Tensor,
@@ -153,6 +155,7 @@ def dwconv_glu(
     _grid(op, height, width, "u", u.shape[1])
     _depthwise(op, ("weight", "bias"), weight, bias, u.shape[2])
     check.together(op, u=u, weight=weight, bias=bias)
+    check.plain_autograd(op, u=u, weight=weight, bias=bias)
     return _op.dwconv_glu_forward(u, weight, bias, height, width)
 
 
@@ -213,5 +216,6 @@ def glumbconv(
     w_out = _projection(op, "w_out", w_out, None, "[C, F]")
     check.shape(op, "w_out", w_out, (w_out.shape[0], channels // 2), "[C, F]")
     check.together(op, x=x, w_in=w_in, b_in=b_in, w_dw=w_dw, b_dw=b_dw, w_out=w_out)
+    check.plain_autograd(op, x=x, w_in=w_in, b_in=b_in, w_dw=w_dw, b_dw=b_dw, w_out=w_out)
     u = linear(x, w_in, b_in)
     return linear(_op.dwconv_glu_forward(u, w_dw, b_dw, height, width), w_out)

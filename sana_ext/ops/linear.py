@@ -93,6 +93,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     weight = weight.flatten(1)
     if not upcast(x):
         return F.linear(x, weight, bias)
+    check.plain_autograd("linear", x=x, weight=weight, bias=bias)
     dtype = operand_dtype(x)
     rows = (x if x.dim() > 1 else x[None]).flatten(0, -2)
     y = _op.linear_forward(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import reference
 from . import _checks as check
-from ._library import accumulator_dtype, define, differentiable
+from ._library import accumulator_dtype, define, differentiable, without_autocast
 
 STEM = "linear_attention"
 _op = torch.ops.sana_ext
@@ -26,19 +25,6 @@ def _statistics(q: Tensor, weight_q: Tensor | None, weight_k: Tensor | None, eps
     """Whether rstd_q and rstd_k exist. fp64 is there for exact derivatives, so it keeps even a negligible eps."""
     wants_q = weight_q is not None and (eps > NEGLIGIBLE_EPS or q.dtype == torch.float64)
     return wants_q, weight_k is not None
-
-
-def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A default kernel decides its own dtypes, as the compiled ones do."""
-
-    def run(*args: Any) -> Any:
-        device = next(a for a in args if isinstance(a, Tensor)).device.type
-        if not torch.amp.is_autocast_available(device):
-            return kernel(*args)
-        with torch.autocast(device, enabled=False):
-            return kernel(*args)
-
-    return run
 
 
 def _saved(q: Tensor, k: Tensor, v: Tensor, wq: Tensor | None, wk: Tensor | None, norm_eps: float, eps: float) -> Any:
@@ -65,7 +51,7 @@ def _weights_fake(state: Tensor, *weights: Tensor | None) -> Any:
     return tuple(state.new_empty(0) if w is None else w.new_empty(w.shape) for w in weights)
 
 
-@_without_autocast
+@without_autocast
 def _forward(q: Tensor, k: Tensor, v: Tensor, wq: Tensor | None, wk: Tensor | None, norm_eps: float, eps: float) -> Any:
     out = reference.linear_attention(q, k, v, weight_q=wq, weight_k=wk, norm_eps=norm_eps, eps=eps)
     return out.contiguous(), *_saved(q, k, v, wq, wk, norm_eps, eps)
@@ -77,7 +63,7 @@ def _forward_fake(
     return q.new_empty(q.shape), *_saved_fake(q, q.shape[2], q.shape[3], wq, wk, eps)
 
 
-@_without_autocast
+@without_autocast
 def _backward(
     dout: Tensor,
     q: Tensor,
@@ -109,7 +95,7 @@ def _backward_fake(
     return *(x.new_empty(x.shape) for x in (q, k, v)), *_weights_fake(state, wq, wk)
 
 
-@_without_autocast
+@without_autocast
 def _qkv_forward(qkv: Tensor, heads: int, wq: Tensor | None, wk: Tensor | None, norm_eps: float, eps: float) -> Any:
     q, k, v = reference.unpack(qkv, heads)
     out = reference.linear_attention(q, k, v, weight_q=wq, weight_k=wk, norm_eps=norm_eps, eps=eps)
@@ -123,7 +109,7 @@ def _qkv_forward_fake(
     return qkv.new_empty((B, N, C)), *_saved_fake(qkv, heads, C // heads, wq, wk, eps)
 
 
-@_without_autocast
+@without_autocast
 def _qkv_backward(
     dout: Tensor,
     qkv: Tensor,
@@ -266,6 +252,7 @@ def linear_attention(
     _weight(op, "weight_q", weight_q, channels)
     _weight(op, "weight_k", weight_k, channels)
     check.together(op, q=q, k=k, v=v, weight_q=weight_q, weight_k=weight_k)
+    check.plain_autograd(op, q=q, k=k, v=v, weight_q=weight_q, weight_k=weight_k)
     check.positive(op, "norm_eps", norm_eps)
     check.positive(op, "eps", eps)
     return _op.linear_attention_forward(q, k, v, weight_q, weight_k, norm_eps, eps)[0]
@@ -308,6 +295,7 @@ def linear_attention_qkv(
     _weight(op, "weight_q", weight_q, qkv.shape[2] // 3)
     _weight(op, "weight_k", weight_k, qkv.shape[2] // 3)
     check.together(op, qkv=qkv, weight_q=weight_q, weight_k=weight_k)
+    check.plain_autograd(op, qkv=qkv, weight_q=weight_q, weight_k=weight_k)
     check.positive(op, "norm_eps", norm_eps)
     check.positive(op, "eps", eps)
     return _op.linear_attention_qkv_forward(qkv, heads, weight_q, weight_k, norm_eps, eps)[0]

@@ -270,6 +270,7 @@ def norm_modulate(
     shift = _coefficient("norm_modulate", "shift", shift, x.shape[0], x.shape[2])
     scale = _coefficient("norm_modulate", "scale", scale, x.shape[0], x.shape[2])
     check.together("norm_modulate", x=x, shift=shift, scale=scale)
+    check.plain_autograd("norm_modulate", x=x, shift=shift, scale=scale)
     check.positive("norm_modulate", "eps", eps)
     return _op.norm_modulate_forward(x, shift, scale, eps, _out_dtype("norm_modulate", out_dtype, x.dtype, x.device))[0]
 
@@ -293,6 +294,7 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torc
     check.shape("gated_residual", "y", y, tuple(x.shape), "[B, N, C] of x")
     gate = _coefficient("gated_residual", "gate", gate, x.shape[0], x.shape[2])
     check.together("gated_residual", x=x, y=y, gate=gate)
+    check.plain_autograd("gated_residual", x=x, y=y, gate=gate)
     return _op.gated_residual_forward(x, y, gate)
 
 
@@ -331,6 +333,7 @@ def residual_norm_modulate(
     if gate is not None:
         gate = _coefficient(op, "gate", gate, x.shape[0], x.shape[2])
     check.together(op, x=x, y=y, gate=gate, shift=shift, scale=scale)
+    check.plain_autograd(op, x=x, y=y, gate=gate, shift=shift, scale=scale)
     check.positive(op, "eps", eps)
     z, n, _, _ = _op.residual_norm_modulate_forward(
         x, y, gate, shift, scale, eps, _out_dtype(op, out_dtype, y.dtype, x.device)
