@@ -138,7 +138,6 @@ def fused_forward(
     x = gated_residual(_promoted(x, y, gate1), y, gate1)
 
     # Cross-attention, then the second norm: one pass where both are fused
-    operand = operand._replace(dtype=x.dtype)
     if text is not None and _serves(text, mask, x) and not plan.attn2:
         y = _cross_attention(attn2, x, text, mask, operand)
     else:
@@ -180,6 +179,7 @@ def _promoted(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
 
 def _plain(attn: Any, operand: guards.Operand) -> bool:
     layers = (guards.child(attn, name) for name in ("to_q", "to_k", "to_v"))
+    layers = (*layers, guards.child(guards.child(attn, "to_out"), "0"))
     return not any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers)
 
 
@@ -198,9 +198,6 @@ def _output(attn: Any, x: torch.Tensor, operand: guards.Operand) -> torch.Tensor
 
 def _self_attention(attn: Any, n: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
     q, k, v = (_linear(attn, name, n, operand) for name in ("to_q", "to_k", "to_v"))  # [B, N, H * D]
-    if not q.dtype == k.dtype == v.dtype:  # only where a foreign layer stands
-        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-        q, k, v = (t.to(dtype) for t in (q, k, v))
     norm_q, norm_k = guards.child(attn, "norm_q"), guards.child(attn, "norm_k")
     norm = norm_k if norm_q is None else norm_q
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))
@@ -213,7 +210,7 @@ def _self_attention(attn: Any, n: torch.Tensor, operand: guards.Operand) -> torc
         norm_eps=1e-5 if norm is None else norm.eps,
         eps=EPS,
     )
-    y = _output(attn, out.flatten(2), operand)
+    y = _output(attn, out.flatten(2).to(n.dtype), operand)  # a foreign to_q may have changed it
     return y.clip(-FP16_LIMIT, FP16_LIMIT) if operand.dtype == torch.float16 else y
 
 

@@ -110,6 +110,44 @@ def test_second_derivative_names_the_op(upcast, op):
         gradient.float().sum().backward()
 
 
+# Layouts
+
+
+def layouts(t):
+    """The same values, or some of them repeated, with other strides."""
+    yield "column-major", t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+    yield "every second element", torch.stack([t, t * 9], -1)[..., 0]
+    yield "one row for all", t[:1].expand_as(t)
+    yield "offset", torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+    if t.dim() > 1:
+        yield "part of wider rows", torch.cat([t, t * 9], -1)[..., : t.shape[-1]]
+        yield "every second row", torch.stack([t, t * 9], 1).flatten(0, 1)[::2]
+        yield "one column for all", t[..., :1].expand_as(t)
+    if t.dim() > 2:
+        yield "part of longer images", torch.cat([t, t * 9], 1)[:, : t.shape[1]]
+        yield "one token for all", t[:, :1].expand_as(t)
+
+
+@every_op
+def test_layouts(op):
+    """Any strides of any argument and of the incoming gradient give what dense copies give, gradients included."""
+    tensors, others = example(op, torch.float64)
+
+    def run(values, cotangent):
+        leaves = {name: t.detach().requires_grad_() for name, t in values.items()}
+        out = call(op, leaves, others)
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), cotangent)]
+
+    shape = call(op, tensors, others).shape
+    dense = torch.linspace(-1, 1, shape.numel(), dtype=torch.float64).view(shape)
+    cases = [(name, layout, tensors | {name: t}, dense) for name in tensors for layout, t in layouts(tensors[name])]
+    cases += [("the gradient", layout, tensors, t) for layout, t in layouts(dense)]
+    for name, layout, values, cotangent in cases:
+        expected = run({name: t.contiguous() for name, t in values.items()}, cotangent.contiguous())
+        for a, b in zip(run(values, cotangent), expected):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=f"{name}: {layout}")
+
+
 # Bad input
 
 
