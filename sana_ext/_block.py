@@ -178,8 +178,8 @@ def _promoted(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(attn: Any, operand: guards.Operand) -> bool:
-    layers = (guards.child(attn, name) for name in ("to_q", "to_k", "to_v"))
-    layers = (*layers, guards.child(guards.child(attn, "to_out"), "0"))
+    layers = [guards.child(attn, name) for name in ("to_q", "to_k", "to_v")]
+    layers.append(guards.child(guards.child(attn, "to_out"), "0"))
     return not any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers)
 
 

@@ -10,7 +10,6 @@ import torch
 from . import _extension
 from .ops import __all__ as PUBLIC
 from .ops._arithmetic import UPCAST
-from .ops._library import OPS
 
 DEVICES = ("cpu", "cuda")
 
@@ -23,6 +22,8 @@ TESTED = {
 }
 #: Public functions without an op of their own.
 COMPOSED = {"glumbconv": ("linear", "dwconv_glu")}
+#: Public functions that are torch's own wherever the processor has the arithmetic.
+MOSTLY_TORCH = ("linear", "cross_attention")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def kernel_info(op: str | None = None, **sizes: int) -> KernelTable:
 def _describe(op: str, device: str, sizes: dict[str, int]) -> KernelInfo:
     if op in COMPOSED:
         return KernelInfo(op, device, "composed", "composed", "composed", f"of {' and '.join(COMPOSED[op])}")
-    if OPS[f"{op}_forward"] == "linear" and (device != "cpu" or not UPCAST):
+    if op in MOSTLY_TORCH and (device != "cpu" or not UPCAST):
         why = "on CUDA torch's own op answers" if device == "cuda" else _native_arithmetic()
         return KernelInfo(op, device, "torch", "torch", "torch", why)
     library = _extension.libraries()[device]
@@ -88,7 +89,7 @@ def _describe(op: str, device: str, sizes: dict[str, int]) -> KernelInfo:
     )
     if "compiled" not in (forward, backward):
         why = f"no kernel for {device}" if library.loaded else f"libsana_ext_{device}.so: {library.reason}"
-        if OPS[f"{op}_forward"] == "linear":
+        if op in MOSTLY_TORCH:
             why = "products in fp32 through torch: this processor has no 16-bit arithmetic"
         return KernelInfo(op, device, forward, backward, "default", why)
     level = _extension.isa() if device == "cpu" else None

@@ -1,9 +1,11 @@
+import importlib
 import os
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+LOW = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def _arithmetic():
+    return importlib.import_module("sana_ext.ops._arithmetic")
+
+
+@pytest.fixture(params=["torch's own", "fp32 arithmetic"])
+def both(request, monkeypatch):
+    """Both answers to "has this processor 16-bit arithmetic?"."""
+    monkeypatch.setattr(_arithmetic(), "UPCAST", set(LOW) if request.param == "fp32 arithmetic" else set())
+    return request.param
+
+
+@pytest.fixture
+def upcast(monkeypatch):
+    monkeypatch.setattr(_arithmetic(), "UPCAST", set(LOW))

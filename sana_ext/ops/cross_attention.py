@@ -11,7 +11,7 @@ from . import _checks as check
 from ._arithmetic import operand_dtype, upcast
 from ._library import accumulator_dtype, define, differentiable
 
-STEM = "linear"
+STEM = "cross_attention"
 _op = torch.ops.sana_ext
 
 #: Elements of one block's [images, heads, N, T] probabilities in the backward: 4 MB of fp32, what a cache holds.

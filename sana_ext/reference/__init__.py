@@ -1,7 +1,8 @@
 """The specification of every op in plain PyTorch: forward, and backward in closed form."""
 
+from .cross_attention import attention_mask, cross_attention, cross_attention_backward
 from .glumbconv import dwconv_glu, dwconv_glu_backward, glumbconv
-from .linear import attention_mask, cross_attention, cross_attention_backward, linear, linear_backward
+from .linear import linear, linear_backward
 from .linear_attention import (
     linear_attention,
     linear_attention_backward,

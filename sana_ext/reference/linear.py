@@ -1,11 +1,6 @@
-"""Reference of the linear family: y = x W^T + b (also a 1x1 convolution), and attention to the text tokens.
+"""Reference of linear: y = x W^T + b, also as a 1x1 convolution.
 
-    linear             y = x W^T + b;                       dx = dy W;  dW = dy^T x;  db = sum dy
-    cross_attention    P = softmax(q k^T / sqrt(D) + mask) per head;  o = P v
-
-Backward of the attention, with D = the head dimension, per head:
-
-    dv = P^T do;  dP = do v^T;  dS = P * (dP - sum_T(P * dP));  dq = dS k / sqrt(D);  dk = dS^T q / sqrt(D)
+Backward: dx = dy W;  dW = dy^T x;  db = sum dy.
 """
 
 from __future__ import annotations
@@ -33,49 +28,3 @@ def linear_backward(
     dx = None if weight is None else dy @ weight.to(acc)
     dweight = None if x is None else dy.t() @ x.to(acc)
     return dx, dweight, dy.sum(0)
-
-
-def attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, T], [B, 1, T], [B, N, T] or four dimensions -> four dimensions that broadcast to [B, H, N, T]."""
-    if mask is None or mask.dim() == 4:
-        return mask
-    return mask[:, None, None] if mask.dim() == 2 else mask[:, None]
-
-
-def cross_attention(
-    q: torch.Tensor,  # [B, N, H, D]
-    k: torch.Tensor,  # [B, T, H, D]
-    v: torch.Tensor,  # [B, T, H, D]
-    mask: torch.Tensor | None = None,  # see attention_mask; bool (True = keep) or float (added to the scores)
-) -> torch.Tensor:  # [B, N, H, D]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    mask = attention_mask(mask)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def cross_attention_backward(
-    dout: torch.Tensor,  # [B, N, H, D]
-    q: torch.Tensor,  # [B, N, H, D]
-    k: torch.Tensor,  # [B, T, H, D]
-    v: torch.Tensor,  # [B, T, H, D]
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) in the accumulator type. A row whose keys are all masked out has P = 0, as in torch's attention."""
-    acc = torch.float64 if dout.dtype == torch.float64 else torch.float32
-    dout, q, k, v = (t.transpose(1, 2).to(acc) for t in (dout, q, k, v))
-    scale = q.shape[-1] ** -0.5
-    p = (q @ k.mT).mul_(scale)
-    mask = attention_mask(mask)
-    if mask is not None:
-        # Where no key is left, softmax of any row does as long as nothing flows back through it.
-        empty = ((~mask) if mask.dtype == torch.bool else mask == float("-inf")).all(-1, keepdim=True)
-        dout = dout.masked_fill(empty, 0)
-        is_bool = mask.dtype == torch.bool
-        p = p.masked_fill_(~(mask | empty), float("-inf")) if is_bool else p.add_(mask.masked_fill(empty, 0))
-    p = torch.softmax(p, -1)
-    ds = dout @ v.mT
-    ds = ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
-    dq, dk, dv = (ds @ k).mul_(scale), (ds.mT @ q).mul_(scale), p.mT @ dout
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
