@@ -99,3 +99,10 @@ def test_mistakes(model, arguments, code, message, tmp_path, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_the_checker_cannot_judge(tmp_path, capsys):
+    small = tiny_pipeline.make(tmp_path / "small", sample_size=4)
+    assert main(["demo", "--model", str(small), "--out", str(tmp_path / "out")]) == 2
+    assert "does not make 64x64 pictures" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

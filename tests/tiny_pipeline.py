@@ -43,9 +43,9 @@ def make_published(folder: Path) -> Path:
     return folder
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, **changes: int) -> Path:
     torch.manual_seed(0)
-    save_transformer(SanaTransformer(SanaConfig(**SIZES)), folder / "transformer", dtype=torch.float16)
+    save_transformer(SanaTransformer(SanaConfig(**SIZES | changes)), folder / "transformer", dtype=torch.float16)
     MiniTextEncoder(list(word_list()), width=16, heads=2).save(folder / "text_encoder")
     Autoencoder.build(MINI).model.half().save_pretrained(folder / "vae")
     (folder / "scheduler").mkdir()

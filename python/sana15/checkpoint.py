@@ -164,7 +164,7 @@ def _write_shards(weights: Weights, folder: Path, dtype: torch.dtype | None, sha
         shards[-1].append(name)
         filled += size
     stem = WEIGHTS.removesuffix(".safetensors")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)

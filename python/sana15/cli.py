@@ -71,7 +71,9 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(prog="sana15", description="SANA-1.5: train and sample.")
+    root = argparse.ArgumentParser(
+        prog="sana15", description="SANA-1.5: train, make pictures, score them, convert checkpoints."
+    )
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
 
     train = commands.add_parser("train", help="train from a YAML configuration; the same command resumes")
@@ -83,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="prompts to pictures with the embedded model: contact sheet, scores, times")
     demo.add_argument("--out", default="out/demo", metavar="DIR", help="default out/demo")
-    demo.add_argument("--model", default="mini", help='"mini" or a pipeline folder (default mini)')
+    demo.add_argument("--model", default="mini", metavar="DIR", help='"mini" (default) or a pipeline folder')
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
     demo.add_argument("--per-category", type=int, default=8, help="prompts of each category (default 8)")
@@ -91,12 +93,12 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     sample = commands.add_parser("sample", help="pictures for prompts; the same command resumes")
-    sample.add_argument("prompt", nargs="*", metavar="PROMPT")
+    sample.add_argument("prompt", nargs="*", metavar="PROMPT", help='what to paint, such as "a red circle"')
     sample.add_argument(
         "--prompts", metavar="FILE", help='prompts: GenEval\'s *.jsonl, a text file, or "test" for the shipped test set'
     )
-    sample.add_argument("--model", default="mini", help='"mini" or a pipeline folder (default mini)')
-    sample.add_argument("--out", required=True, metavar="DIR")
+    sample.add_argument("--model", default="mini", metavar="DIR", help='"mini" (default) or a pipeline folder')
+    sample.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures; the same run's are kept")
     sample.add_argument("--n", type=int, default=1, help="pictures per prompt (default 1)")
     sample.add_argument("--batch-size", type=int, metavar="N", help="pictures computed at once")
     _sampling_options(sample)

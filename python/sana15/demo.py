@@ -28,7 +28,7 @@ from .sample import progress_bar
 from .scenes.spec import spec_from_metadata
 from .scenes.testset import is_held_out
 from .scenes.testset import load as test_set
-from .scenes.vocabulary import CATEGORIES
+from .scenes.vocabulary import CATEGORIES, IMAGE_SIZE
 from .scores import score_table, show
 
 PER_CATEGORY = 8
@@ -40,6 +40,10 @@ ROUNDS = 3  # of the timing
 def run(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     pipe = Pipeline.from_pretrained(args.model)
+    if pipe.picture_size(None, None) != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"--model {args.model} does not make {IMAGE_SIZE}x{IMAGE_SIZE} pictures, which the checker judges"
+        )
     out = Path(args.out)
     settings = Sampling(seed=args.seed, steps=args.steps)
     lines = chosen_prompts(args.per_category)

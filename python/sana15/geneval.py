@@ -151,7 +151,7 @@ def _candidates(root: Path, index: int) -> list[Path]:
     """The pictures of a prompt: every numbered PNG in samples/, whatever its number of digits, up to the first gap."""
     folder = root / f"{index:05d}" / "samples"
     found = {int(p.stem): p for p in folder.glob("*.png") if re.fullmatch(r"\d+", p.stem)} if folder.is_dir() else {}
-    paths = []
+    paths: list[Path] = []
     while len(paths) in found:
         paths.append(found[len(paths)])
     if len(paths) < len(found):

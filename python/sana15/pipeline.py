@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +30,8 @@ def noise(seed: int, prompt_index: int, candidate: int, shape: Sequence[int]) ->
     return torch.randn(*shape, generator=generator)
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True)
+class Item:
     """One picture to make: its prompt, the prompt's index in the run, and which candidate for that prompt it is."""
 
     prompt: str
@@ -97,16 +97,17 @@ class Pipeline:
                 raise FileNotFoundError(f"{root / part} is missing: {source} is not a pipeline folder")
         mini = "vocabulary" in read_json(root / "text_encoder" / "config.json")
         dtype = dtype or (torch.float32 if mini else torch.bfloat16)
-        text: TextEncoder = MiniTextEncoder.load(root / "text_encoder") if mini else GemmaTextEncoder.load(root)
+        text: TextEncoder
+        text = MiniTextEncoder.load(root / "text_encoder") if mini else GemmaTextEncoder.load(root)
         transformer = load_transformer(root / "transformer", dtype=dtype)
         pipe = Pipeline(text, transformer, Autoencoder.load(root / "vae"), _flow_shift(root))
         config = transformer.config
-        for what, part, needed in (
+        for what, given, needed in (
             ("text encoder gives features", text.width, config.caption_channels),
             ("autoencoder has channels", pipe.autoencoder.channels, config.in_channels),
         ):
-            if part != needed:
-                raise DataError(f"{root}: the {what} [{part}], the transformer takes [{needed}]")
+            if given != needed:
+                raise DataError(f"{root}: the {what} [{given}], the transformer takes [{needed}]")
         pipe.source = root
         return pipe.to(device)
 
