@@ -12,6 +12,7 @@ from PIL import Image
 import sana_ext
 from sana15.cli import main
 from sana15.pictures import read_png
+from sana15.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,29 @@ def test_a_failing_write_leaves_no_part_of_a_picture(sample, tmp_path, monkeypat
     assert code == 3
     assert "No space left on device" in printed.err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupted_run_keeps_what_is_done_and_resumes(sample, tmp_path, monkeypatch):
+    decode, done = Pipeline.decode, []
+
+    def interrupted(self, latents):
+        done.append(len(latents))
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    arguments = ("--prompts", str(tmp_path / "p.txt"), "--n", "2", "--batch-size", "2")
+    (tmp_path / "p.txt").write_text("a ring\ntwo stars\n")
+    monkeypatch.setattr(Pipeline, "decode", interrupted)
+    code, printed = sample(*arguments)
+    assert code == 130
+    assert printed.err == "sana15 sample: interrupted\n"
+    assert [str(p.relative_to(tmp_path / "out")) for p in sorted((tmp_path / "out").rglob("*.*"))] == [
+        "00000/metadata.jsonl", "00000/samples/0000.png", "00000/samples/0001.png", "00001/metadata.jsonl",
+    ]  # fmt: skip
+    monkeypatch.undo()
+    assert sample(*arguments)[1].out.startswith("2 pictures written to ")
+    assert sample(*arguments)[1].out.startswith("0 pictures written to ")
 
 
 def test_foreign_pictures_are_never_replaced(sample, tmp_path):

@@ -141,14 +141,17 @@ def write_folder(
         shard_bytes: the most that a file may hold; more goes to further files, named by an index. None: one file.
     """
     target = Path(folder)
-    partial = target.with_name(target.name + ".partial")
+    partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         _write_shards(weights, partial, dtype, shard_bytes)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # moved aside first: at every moment one whole folder is there
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
         os.replace(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
