@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -200,7 +202,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 
@@ -217,8 +219,7 @@ def run(cases: list[Callable[[], Case]], args: argparse.Namespace, device: str =
     if head["forced"]:
         print("forced:", " ".join(f"{k}={v}" for k, v in head["forced"].items()))
     print("ceilings:", ", ".join(f"{k} {v:.0f}" for k, v in limits.items()))
-    print("\n| case | shape | dtype | eager ms | compile ms | ours ms | floor ms | eager / ours | compile / ours |")
-    print("|" + "---|" * 9)
+    print("", *tables.LINES, sep="\n")
     failed, rows = [], []
     for build in cases:
         case = build()  # the previous case is freed here
@@ -238,14 +239,8 @@ def run(cases: list[Callable[[], Case]], args: argparse.Namespace, device: str =
         if case.dtype.itemsize == 2:  # 16-bit operands can always be taken to fp32
             rate = max(rate, limits["bf16_GFLOPs"])
         floor = 1e3 * max(case.flops / rate / 1e9, case.bytes / limits["copy_GBps"] / 1e9)
-        ms = [f"{result['ms'][c]:.3g}" if c in result["ms"] else "-" for c in ("eager", "compile", "ours")]
-        ratios = [
-            "{:.2f} ({:.2f}-{:.2f})".format(*result["ratio"][c]) if c in result["ratio"] else "-"
-            for c in ("eager", "compile")
-        ]
-        cells = [case.op, case.shape, short(case.dtype), *ms, f"{floor:.3g}", *ratios]
-        print("| " + " | ".join(cells) + " |", flush=True)
         rows.append({"op": case.op, "shape": case.shape, "dtype": short(case.dtype), "floor_ms": floor} | result)
+        print(tables.line(rows[-1]), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         previous = json.loads(args.json.read_text()) if args.json.exists() else []

@@ -113,7 +113,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   int64_t elements = 1;
   for (const int64_t size : shape) elements *= size;
   Tensor t = allocated([&] { return torch::stable::new_empty(like, shape, dtype); }, elements);
-  prefer_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
+  if (t.is_cpu()) prefer_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
   return t;
 }
 

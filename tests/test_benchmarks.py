@@ -1,0 +1,93 @@
+"""The recorded tables, and the harness: a wrong result is never timed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source tree")
+sys.path.insert(0, str(BENCHMARKS))
+
+
+@pytest.fixture
+def tables():
+    return pytest.importorskip("tables")
+
+
+@pytest.fixture
+def harness():
+    return pytest.importorskip("harness")
+
+
+def test_readme_shows_the_recorded_results():
+    done = subprocess.run([sys.executable, BENCHMARKS / "tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_changed_record_is_noticed(tables, tmp_path):
+    path = next((BENCHMARKS / "results").glob("*.json"))
+    runs = json.loads(path.read_text())
+    row = runs[0]["rows"][0]
+    (tmp_path / path.name).write_text(json.dumps(runs))
+    before = tables.tables(tmp_path)
+    assert tables.line(row) in before
+    row["ms"]["ours"] *= 1.1
+    (tmp_path / path.name).write_text(json.dumps(runs))
+    assert tables.tables(tmp_path) != before
+
+
+def test_a_later_run_replaces_the_same_command(tables, tmp_path):
+    run = json.loads(next((BENCHMARKS / "results").glob("*.json")).read_text())[0]
+    (tmp_path / "one.json").write_text(json.dumps([run | {"date": "old"}, run | {"date": "new"}]))
+    text = tables.tables(tmp_path)
+    assert "new" in text
+    assert ", old;" not in text
+
+
+def case(harness, ours, ran):
+    def eager(x):
+        return x * 2
+
+    inputs = {"x": torch.randn(4, 50)}
+
+    def timed(**v):
+        ran.append("ours")
+        return ours(**v)
+
+    columns = {"eager": harness.forward(eager, inputs), "ours": harness.forward(timed, inputs)}
+    return harness.Case("double", "4x50", torch.float32, columns, harness.gate(ours, eager, inputs))
+
+
+def run(harness, monkeypatch, path, ours, ran):
+    monkeypatch.setattr(
+        harness, "ceilings", lambda device: dict.fromkeys(("copy_GBps", "fp32_GFLOPs", "bf16_GFLOPs"), 1.0)
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["bench.py", "--quick", "--threads", str(torch.get_num_threads()), "--json", str(path)]
+    )
+    harness.run([lambda: case(harness, ours, ran)], harness.arguments(""))
+
+
+def test_a_wrong_result_is_not_timed_and_fails(harness, monkeypatch, tmp_path):
+    ran = []
+    with pytest.raises(SystemExit, match="wrong results, not timed: double 4x50 float32"):
+        run(harness, monkeypatch, tmp_path / "r.json", lambda x: x * 2.001, ran)
+    assert not ran
+    assert json.loads((tmp_path / "r.json").read_text())[0]["rows"] == []
+
+
+def test_a_right_result_is_recorded(harness, monkeypatch, tmp_path, capsys):
+    ran = []
+    for _ in range(2):
+        run(harness, monkeypatch, tmp_path / "r.json", lambda x: x + x, ran)
+    assert ran
+    first, second = json.loads((tmp_path / "r.json").read_text())
+    (row,) = first["rows"]
+    assert set(row["ms"]) == {"eager", "ours"}
+    assert row["ratio"]["eager"][0] > 0
+    assert first["command"] == second["command"]
+    assert "| double | 4x50 | float32 |" in capsys.readouterr().out
