@@ -52,8 +52,8 @@ def test_agreement_with_the_renderer():
     assert result.agreement >= 0.995, agreement.report(result, "")
 
 
-def test_agreement_behind_a_lossy_round_trip():
-    result = agreement.measure(1200, seed=22, transform=agreement.patch_pca(16))
+def test_agreement_behind_the_mini_autoencoder():
+    result = agreement.measure(1200, seed=22, transform=agreement.through_autoencoder(agreement.MINI_AUTOENCODER))
     assert result.agreement >= 0.98, agreement.report(result, "")
 
 
@@ -224,7 +224,7 @@ def test_bad_pictures_and_rules():
 def test_the_report_is_written_into_its_section(tmp_path, monkeypatch, capsys):
     page, sheet = tmp_path / "scenes.md", tmp_path / "sheet.png"
     page.write_text(f"before\n{agreement._BEGIN}\nold\n{agreement._END}\nafter\n")
-    arguments = ["agreement", "--pairs", "60", "--components", "0", "--write", str(page), "--sheet", str(sheet)]
+    arguments = ["agreement", "--pairs", "60", "--autoencoder", "", "--write", str(page), "--sheet", str(sheet)]
     monkeypatch.setattr("sys.argv", arguments)
     agreement.main()
     text = page.read_text()

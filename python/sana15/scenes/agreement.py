@@ -21,9 +21,10 @@ from .prompts import parse, wording
 from .render import contact_sheet, render_batch
 from .scene import Scene, sample_scene
 from .training import sample_spec
-from .vocabulary import CATEGORIES, COLOR_NAMES, IMAGE_SIZE, SHAPES
+from .vocabulary import CATEGORIES, COLOR_NAMES, SHAPES
 
 Transform = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+MINI_AUTOENCODER = Path(__file__).parent.parent / "assets/mini/vae"
 _BATCH = 256
 _BEGIN, _END = "<!-- agreement: written by python -m sana15.scenes.agreement -->", "<!-- end of agreement -->"
 
@@ -103,31 +104,21 @@ def malformed_rejected(count: int, seed: int = 0) -> dict[str, float]:
     return rates
 
 
-def patch_pca(components: int = 16, seed: int = 1) -> Transform:
-    """A stand-in for an 8x autoencoder: every 8 x 8 patch is kept as its first principal components, rounded to 8 bits.
+def through_autoencoder(folder: str | Path) -> Transform:
+    """Encodes and decodes with the autoencoder of `folder`, a folder saved by diffusers."""
+    import torch
 
-    It is fitted to 1,000 pictures of its own. 16 components keep a twelfth of the 192 numbers of a patch.
-    """
-    rng = Random(seed)
-    scenes = [sample_scene(sample_spec(CATEGORIES[i % len(CATEGORIES)], rng), rng) for i in range(1000)]
-    patches = _to_patches(render_batch(scenes))
-    mean = patches.mean(0)
-    _, basis = np.linalg.eigh((patches - mean).T @ (patches - mean))
-    basis = basis[:, -components:]
+    from ..autoencoder import Autoencoder
 
+    model = Autoencoder.load(folder)
+
+    @torch.no_grad()
     def transform(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        kept = (_to_patches(pictures) - mean) @ basis
-        side = IMAGE_SIZE // 8
-        back = (kept @ basis.T + mean).reshape(-1, side, side, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
-        return (back.reshape(pictures.shape) + 0.5).clip(0, 255).astype(np.uint8)
+        values = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        back = model(values).clamp(-1, 1) * 127.5 + 127.5
+        return back.round().byte().permute(0, 2, 3, 1).numpy()
 
     return transform
-
-
-def _to_patches(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    side = IMAGE_SIZE // 8
-    split = pictures.reshape(-1, side, 8, side, 8, 3).transpose(0, 1, 3, 2, 4, 5)
-    return split.reshape(-1, 192).astype(np.float32)
 
 
 def report(result: Agreement, title: str) -> str:
@@ -170,14 +161,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Checker against renderer.")
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--components", type=int, default=16, help="of the 8 x 8 patches, for the round trip; 0: none")
+    parser.add_argument("--autoencoder", default=str(MINI_AUTOENCODER), help="folder, for the round trip; '': none")
     parser.add_argument("--write", type=Path, help="a Markdown file whose agreement section is replaced")
     parser.add_argument("--sheet", type=Path, help="a PNG of 100 pictures with their verdicts")
     args = parser.parse_args()
     text = report(measure(args.pairs, args.seed), "As rendered")
-    if args.components:
-        title = f"After 8 x 8 patches were cut to {args.components} principal components"
-        text += "\n" + report(measure(args.pairs, args.seed, patch_pca(args.components)), title)
+    if args.autoencoder:
+        result = measure(args.pairs, args.seed, through_autoencoder(args.autoencoder))
+        text += "\n" + report(result, "After encoding and decoding by the mini model's autoencoder")
     rates = malformed_rejected(max(1, args.pairs // 10), args.seed)
     text += f"\n### Damaged objects ({max(1, args.pairs // 10):,} pictures each)\n\n| damage | rejected |\n|---|---|\n"
     text += "".join(f"| {kind} | {100 * rate:.1f} % |\n" for kind, rate in rates.items())
