@@ -2,6 +2,7 @@
 
 The folders are the file lists. SANA_EXT_BUILD=auto|none|cpu|cuda chooses: auto builds what this machine can build and
 says in one line why it chose less; a named choice that cannot be met fails. MAX_JOBS limits the parallel compilations.
+SANA_EXT_BUILD=emulator builds only libsana_ext_emulator.so: the CUDA kernels and their glue on the host, for tests.
 """
 
 import importlib.util
@@ -34,6 +35,8 @@ X86_FLAGS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
 ISA_FLAGS = X86_FLAGS if platform.machine() == "x86_64" else {"baseline": ""}
+# What runs on the host in place of a GPU.
+EMULATOR_FLAGS = "-DSANA_EXT_EMULATOR -O2 -Wno-unknown-pragmas"
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 
@@ -41,7 +44,7 @@ NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 class Plan:
     """What to build, and with which tools."""
 
-    libraries: list[str] = field(default_factory=list)  # "cpu", "cuda"
+    libraries: list[str] = field(default_factory=list)  # "cpu", "cuda", "emulator"
     bindings: bool = False  # the module _C
     nvcc: str | None = None
 
@@ -106,7 +109,7 @@ def why_no_cuda(nvcc):
 
 def choose():
     wanted = os.environ.get("SANA_EXT_BUILD") or "auto"
-    if wanted not in ("auto", "none", "cpu", "cuda"):
+    if wanted not in ("auto", "none", "cpu", "cuda", "emulator"):
         raise SystemExit(f"SANA_EXT_BUILD={wanted} is unknown; choose auto, none, cpu or cuda")
     if wanted == "none":
         return Plan()
@@ -116,6 +119,8 @@ def choose():
     if against:
         print(f"sana_ext: building no kernels: {against}; every op runs its PyTorch default", file=sys.stderr)
         return Plan()
+    if wanted == "emulator":
+        return Plan(["emulator"])
     plan = Plan(["cpu"], bindings=importlib.util.find_spec("pybind11") is not None and python_header().exists())
     if not plan.bindings:
         print("sana_ext: not building the module _C (build facts): needs pybind11 and Python.h", file=sys.stderr)
@@ -187,6 +192,11 @@ def ninja_file(targets, plan):
             for isa, flags in levels.items():
                 flags = f"{common} {KERNEL_FLAGS} -DSANA_EXT_ISA={isa} {flags}"
                 compile("libsana_ext_cpu", source, flags, suffix=f".{isa}")
+    if "libsana_ext_emulator" in targets:
+        sources = [("csrc/cuda/*.cpp", torch_flags), ("csrc/cuda/kernels/*.cu", "-x c++"), ("csrc/emulator/*.cpp", "")]
+        for pattern, more in sources:
+            for source in sorted(ROOT.glob(pattern)):
+                compile("libsana_ext_emulator", source, f"{common} {EMULATOR_FLAGS} {more}", suffix=".emulator")
     if "libsana_ext_cuda" in targets:
         for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):
             compile("libsana_ext_cuda", source, f"{NVCC_FLAGS} -DUSE_CUDA {torch_flags}", "nvcc")
@@ -208,7 +218,7 @@ def ninja_file(targets, plan):
         includes = f"-isystem {pybind11.get_include()} -isystem {python_header().parent}"
         compile("_C", ROOT / "csrc/bindings.cpp", f"{common} {includes} {macros}")
     torch_libs = f"-L{torch}/lib -ltorch_cpu"
-    libs = {"_C": "", "libsana_ext_cpu": torch_libs}
+    libs = {"_C": "", "libsana_ext_cpu": torch_libs, "libsana_ext_emulator": torch_libs}
     stub = ""
     if "libsana_ext_cuda" in targets:
         # The library must ask for libtorch_cuda.so, and a CPU torch has none to link with: a stub of that name does.

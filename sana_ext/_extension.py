@@ -41,9 +41,10 @@ def load() -> None:
     wanted = os.environ.get("SANA_EXT_CPU_ISA", "")
     if wanted and wanted not in ISA_LEVELS:
         raise ValueError(f"SANA_EXT_CPU_ISA={wanted!r} is not a known level; choose one of {', '.join(ISA_LEVELS)}")
-    for device, why_not in (("cpu", None), ("cuda", _why_no_cuda)):
-        _libraries[device] = _load(device, why_not)
-    if _libraries["cpu"].loaded:
+    emulated = os.environ.get("SANA_EXT_EMULATOR", "") == "1"
+    _libraries["cpu"] = _load_emulator() if emulated else _load("cpu")
+    _libraries["cuda"] = _load("cuda", _why_no_cuda)
+    if _libraries["cpu"].loaded and not emulated:
         _isa = _isa_levels(_libraries["cpu"].path)
         if _isa[0] is None:
             raise ValueError(
@@ -60,7 +61,15 @@ def _why_no_cuda() -> str | None:
     return None
 
 
-def _load(device: str, why_not: Callable[[], str | None] | None) -> Library:
+def _load_emulator() -> Library:
+    """For tests: the CUDA kernels, emulated on the host, answer for CPU tensors in place of the CPU's own."""
+    library = _load("emulator")
+    if not library.loaded:
+        raise ImportError(f"sana_ext: SANA_EXT_EMULATOR=1, but {library.path} is {library.reason}")
+    return Library("cpu", library.path, True, "the CUDA kernels, emulated")
+
+
+def _load(device: str, why_not: Callable[[], str | None] | None = None) -> Library:
     path = Path(__file__).parent / f"libsana_ext_{device}.so"
     if not path.exists():
         return Library(device, path, False, "not built")

@@ -112,7 +112,8 @@ def _one_path(sizes: dict[str, int]) -> tuple[str, str]:
 
 
 def _norm_modulate_cuda(sizes: dict[str, int]) -> tuple[str, str]:
-    return _by_size(sizes, "C", lambda c: c <= 8192, "rows of up to 8192 channels stay in shared memory")
+    rule = "aligned rows of up to 2304 channels, a multiple of 8, stay in registers"
+    return _by_size(sizes, "C", lambda c: c % 8 == 0 and c <= 2304, rule)
 
 
 def _linear_attention(sizes: dict[str, int]) -> tuple[str, str]:
@@ -135,6 +136,8 @@ def _by_size(sizes: dict[str, int], name: str, tuned: Callable[[int], bool], rul
 
 PATHS: dict[tuple[str, str], Callable[[dict[str, int]], tuple[str, str]]] = {
     ("norm_modulate", "cuda"): _norm_modulate_cuda,
+    ("gated_residual", "cuda"): _norm_modulate_cuda,
+    ("residual_norm_modulate", "cuda"): _norm_modulate_cuda,
     ("linear_attention", "cpu"): _linear_attention,
     ("linear_attention_qkv", "cpu"): _linear_attention,
     ("linear", "cpu"): _linear,

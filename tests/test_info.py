@@ -60,8 +60,8 @@ def test_cuda_path_depends_on_the_size(monkeypatch):
     monkeypatch.setattr(_extension, "has_kernel", lambda op, device: device == "cuda" and op == "norm_modulate_forward")
     of = lambda **sizes: sana_ext.kernel_info("norm_modulate", **sizes)[1]  # noqa: E731
     assert (of().forward, of().backward, of().path) == ("compiled", "default", "by C")
-    assert of(C=8192).path == "tuned"
-    assert of(C=8193).path == "generic"
+    assert of(C=2304).path == "tuned"
+    assert of(C=2312).path == of(C=2241).path == "generic"
 
 
 def test_composed_op_names_its_parts():

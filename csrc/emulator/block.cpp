@@ -92,7 +92,7 @@ Block::~Block() { threads_.swap(thread_pool()); }
 void Block::run(dim3 index, const std::function<void()>& body, uint64_t block_seed) {
   const unsigned count = block_.x * block_.y * block_.z;
   index_ = index, body_ = &body, alive_ = count, error_ = nullptr, time_ = 1;
-  std::memset(shared_.data(), 0xff, shared_.size());  // NaN in every floating-point type
+  shared_.assign(shared_.size(), 0xff);  // NaN in every floating-point type
   shadow_.reset(shared_.size());
   for (Barrier& barrier : barriers_) barrier = Barrier{};
   meetings_.clear();

@@ -31,28 +31,27 @@ GlobalMemory::~GlobalMemory() {
 
 std::string check_global(const void* address, size_t bytes, bool write) {
   const auto at = reinterpret_cast<uintptr_t>(address);
-  const std::string access = std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes";
   const Range *inside = nullptr, *nearest = nullptr;
   uintptr_t distance = UINTPTR_MAX;
   for (const Range& range : ranges) {
-    // Of two views of the same memory, the one that may be written counts for a write.
-    if (at >= range.begin && at + bytes <= range.end && (!write || range.writable)) inside = &range;
+    if (at >= range.begin && at + bytes <= range.end && (!write || range.writable)) {
+      if (at % bytes == 0) return {};
+      inside = &range;
+    }
     const uintptr_t apart = at >= range.end ? at - range.end : at < range.begin ? range.begin - at : 0;
     if (apart < distance) distance = apart, nearest = &range;
   }
-  if (inside != nullptr) {
-    if (at % bytes == 0) return {};
+  const std::string access = std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes";
+  if (inside != nullptr)
     return access + " at byte " + std::to_string(at - inside->begin) + " of " + inside->name +
            ", an address that is no multiple of " + std::to_string(bytes);
-  }
   if (nearest == nullptr) return access + " in global memory where none is known";
-  const std::string size = std::to_string(nearest->end - nearest->begin);
   if (write && !nearest->writable && at >= nearest->begin && at + bytes <= nearest->end)
     return access + " to " + nearest->name + ", which is an input";
   const bool before = at < nearest->begin;
   const uintptr_t offset = before ? nearest->begin - at : at - nearest->begin;
   return "out of bounds: " + access + " at byte " + (before ? "-" : "") + std::to_string(offset) + " of " +
-         nearest->name + ", which has " + size + " bytes";
+         nearest->name + ", which has " + std::to_string(nearest->end - nearest->begin) + " bytes";
 }
 
 }  // namespace sana_ext::emulator
