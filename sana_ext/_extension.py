@@ -85,13 +85,15 @@ def _load(device: str, why_not: Callable[[], str | None] | None = None) -> Libra
 
 
 def _mismatch(device: str) -> str | None:
-    """What shows that the library just loaded was built from other sources. A CUDA library may hold some kernels only."""
+    """What shows that the library just loaded was built from other sources. CUDA kernels may be fewer, emulated or not."""
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.removeprefix("sana_ext::") for name in names if name.startswith("sana_ext::")}
     if unknown := sorted(registered - OPS.keys()):
         return f"it has kernels of unknown ops ({', '.join(unknown)})"
+    if device != "cpu":
+        return None
     missing = [op for op in OPS if op not in NOT_ON_CPU and not has_kernel(op, device)]
-    return f"it lacks kernels ({', '.join(missing)})" if missing and device == "cpu" else None
+    return f"it lacks kernels ({', '.join(missing)})" if missing else None
 
 
 def _other_version(path: Path, wrong: str) -> ImportError:
