@@ -221,6 +221,23 @@ def test_expanded_gradients(dtype):
         assert all(torch.equal(s, t) for s, t in zip(a, b))
 
 
+@compiled_kernel
+def test_large_outputs_are_the_same():
+    """Results beyond the caches are written by streaming stores: the bits are those of the images one by one."""
+    v = {k: t.float() for k, t in maker(3, 16, 16, 5600)(0).items()}
+    dout = rand(3, 3, 256, 5600).float()
+
+    def run(i):
+        out = sana_ext.dwconv_glu(v["u"][i], v["weight"], v["bias"], 16, 16)
+        args = (dout[i], v["u"][i], v["weight"], v["bias"], 16, 16, False)
+        return out, torch.ops.sana_ext.dwconv_glu_backward(*args)[0]
+
+    images = [run(slice(b, b + 1)) for b in range(3)]
+    for whole_batch, parts in zip(run(slice(0, 3)), zip(*images)):
+        assert whole_batch.numel() * 4 > 1 << 24 > parts[0].numel() * 4 / 2
+        assert torch.equal(whole_batch, torch.cat(parts))
+
+
 def test_extreme_values():
     """Where exp overflows or vanishes the result is what fp64 gives; one NaN pixel spoils its 3 x 3 neighbours only."""
     v = {k: t.float() if isinstance(t, torch.Tensor) else t for k, t in example(1, 5, 5, 17).items()}

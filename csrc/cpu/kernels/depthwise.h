@@ -2,6 +2,7 @@
 // pixels. Included by kernel files only (see vec.h).
 #pragma once
 #include "dwconv_glu.h"
+#include "stream.h"
 #include "vec.h"
 
 namespace sana_ext::cpu::SANA_EXT_ISA {
@@ -18,6 +19,18 @@ template <class A, class T>
 SANA_EXT_INLINE void store_some(T* p, Vec<A> v, int64_t count) {
   if (count >= kLanes) return store(p, v);
   for (int64_t i = 0; i < count; ++i) store_one(p + i, v[i]);
+}
+
+// Stores by streaming if `streaming`, which asks for whole vectors (see stream.h).
+template <class A, class T>
+SANA_EXT_INLINE void store_some(T* p, Vec<A> v, int64_t count, bool streaming) {
+  streaming ? stream(p, v) : store_some<A>(p, v, count);
+}
+
+// Asks for the cache lines of `count` elements: pixels are kilobytes apart, which the hardware does not foresee.
+template <class T>
+SANA_EXT_INLINE void prefetch(const T* p, int64_t count) {
+  for (int64_t c = 0; c < count; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + c);
 }
 
 // SiLU of n vectors. x is held where its sigmoid is not yet rounded away: beyond it the float product x * sigmoid(x)
@@ -55,6 +68,14 @@ struct DwconvGluItem {
 };
 
 constexpr int64_t kMaxVectors = 2 * kDwconvGluChannels / kLanes;  // of both halves
+
+// The same for both halves of pixel n of u.
+template <class Args, class T>
+SANA_EXT_INLINE void prefetch_pixel(const Args& a, const DwconvGluItem& item, const T* u, int64_t n) {
+  const T* pixel = u + item.b * a.u_stride_b + n * a.u_stride_n + item.channel;
+  prefetch(pixel, item.count);
+  prefetch(pixel + a.F, item.count);
+}
 
 // Taps and bias of an item's channels: for each half and vector nine vectors of taps and one of the bias.
 template <class A>

@@ -24,17 +24,10 @@ void fill(const DwconvGluForward& a, const DwconvGluItem& item, const T* u, int6
 }
 
 template <class A, class T>
-SANA_EXT_INLINE void prefetch(const DwconvGluForward& a, const DwconvGluItem& item, const T* u, int64_t n) {
-  const T* pixel = u + item.b * a.u_stride_b + n * a.u_stride_n + item.channel;
-  for (int64_t half = 0; half < 2; ++half)
-    for (int64_t c = 0; c < item.count; c += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(pixel + half * a.F + c);
-}
-
-template <class A, class T>
 void forward(const DwconvGluForward& a, const T* u, int64_t begin, int64_t end) {
   PackedTaps<A> taps;
   Ring<A> ring(a.H, a.W);
+  const bool streaming = streams(a.out, a.F, a.B * a.H * a.W * a.F);
   for (int64_t index = begin; index < end; ++index) {
     const DwconvGluItem item(a, index);
     const int64_t F = a.F, vectors = item.vectors, count = item.count;
@@ -48,7 +41,7 @@ void forward(const DwconvGluForward& a, const T* u, int64_t begin, int64_t end) 
       for_each_run<8>(a.W, [&](auto run, int64_t x) SANA_EXT_LAMBDA_INLINE {
         constexpr int kPixels = decltype(run)::count, kBatch = kPixels > 4 ? 4 : kPixels;
         if (more)
-          for (int p = 0; p < kPixels; ++p) prefetch<A>(a, item, u, (y + 2) * a.W + x + p);
+          for (int p = 0; p < kPixels; ++p) prefetch_pixel(a, item, u, (y + 2) * a.W + x + p);
         for (int64_t v = 0; v < vectors; ++v) {
           Vec<A> c_a[kPixels], c_g[kPixels];
           const A *taps_a = taps.vector(v), *taps_g = taps.vector(vectors + v);
@@ -60,12 +53,14 @@ void forward(const DwconvGluForward& a, const T* u, int64_t begin, int64_t end) 
             for (int i = 0; i < kBatch; ++i) values[i] = c_g[p + i];
             const Gate<A, kBatch> gate(values);
             for (int i = 0; i < kBatch; ++i)
-              store_some<A>(out + (x + p + i) * F + v * kLanes, c_a[p + i] * gate.silu(i), count - v * kLanes);
+              store_some<A>(out + (x + p + i) * F + v * kLanes, c_a[p + i] * gate.silu(i), count - v * kLanes,
+                            streaming);
           }
         }
       });
     }
   }
+  if (streaming) stream_fence();
 }
 
 }  // namespace

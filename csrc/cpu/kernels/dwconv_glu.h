@@ -8,18 +8,16 @@
 
 namespace sana_ext::cpu {
 
-#ifndef CB
-#define CB 64
-#endif
-constexpr int64_t kDwconvGluChannels = CB;  // channels of each half in a block
+// Channels of each half in a block: long enough runs of memory per pixel, and rings that still fit the L2 cache.
+constexpr int64_t kDwconvGluChannels = 128;
 
 inline int64_t dwconv_glu_blocks(int64_t F) { return (F + kDwconvGluChannels - 1) / kDwconvGluChannels; }
 
 // Strips per image. A function of the shape alone, so that sums over strips do not depend on the number of threads:
-// one, unless there would be fewer than 128 items; no strip of fewer than 8 rows.
+// one, unless there would be fewer than 64 items; no strip of fewer than 8 rows.
 inline int64_t dwconv_glu_strips(int64_t B, int64_t H, int64_t F) {
   const int64_t items = B * dwconv_glu_blocks(F);
-  const int64_t wanted = items > 0 ? (128 + items - 1) / items : 1, most = (H + 7) / 8;
+  const int64_t wanted = items > 0 ? (64 + items - 1) / items : 1, most = (H + 7) / 8;
   return wanted < most ? wanted : most;
 }
 

@@ -30,9 +30,10 @@ void fill(const DwconvGluBackward& a, const DwconvGluItem& item, const T* u, int
   });
 }
 
-// dc of row y: the convolution again, then the derivative of a * silu(g).
+// dc of row y: the convolution again, then the derivative of a * silu(g). Beside its first vector the rows of u and
+// dout that the next step reads are fetched.
 template <class A, class T>
-void convolve(const DwconvGluBackward& a, const DwconvGluItem& item, const T* dout, int64_t y, int64_t v,
+void convolve(const DwconvGluBackward& a, const DwconvGluItem& item, const T* dout, const T* u, int64_t y, int64_t v,
               const PackedTaps<A>& taps, Rings<A>& rings) {
   const T* row = dout + item.b * a.dout_stride_b + y * a.W * a.dout_stride_n + item.channel + v * kLanes;
   const int64_t va = v, vg = item.vectors + v;
@@ -40,8 +41,13 @@ void convolve(const DwconvGluBackward& a, const DwconvGluItem& item, const T* do
   A* dc_g = rings.dc.target(y) + vg * rings.dc.pitch();
   const Vec<A> bias_a = load(taps.vector(va) + 9 * kLanes), bias_g = load(taps.vector(vg) + 9 * kLanes);
   const int64_t stride = a.dout_stride_n, count = item.count - v * kLanes;
+  const bool next_u = v == 0 && y + 2 < a.H && y + 1 <= item.last, next_dout = v == 0 && y + 1 < a.H && y < item.last;
   for_each_run<8>(a.W, [&](auto run, int64_t x) SANA_EXT_LAMBDA_INLINE {
     constexpr int kPixels = decltype(run)::count, kBatch = kPixels > 4 ? 4 : kPixels;
+    for (int p = 0; p < kPixels; ++p) {
+      if (next_u) prefetch_pixel(a, item, u, (y + 2) * a.W + x + p);
+      if (next_dout) prefetch(row + (a.W + x + p) * stride, item.count);
+    }
     Vec<A> c_a[kPixels], c_g[kPixels];
     for (int p = 0; p < kPixels; ++p) c_a[p] = bias_a, c_g[p] = bias_g;
     nine_taps(rings.s.around(y, va, x).row, taps.vector(va), c_a);
@@ -94,7 +100,7 @@ void accumulate(int64_t W, int64_t y, int64_t v, const Rings<A>& rings, A* sums)
 // du of row y for vector v of both halves.
 template <class A, class T>
 void propagate(const DwconvGluBackward& a, const DwconvGluItem& item, T* du, int64_t y, int64_t v,
-               const PackedTaps<A>& taps, const Rings<A>& rings) {
+               const PackedTaps<A>& taps, const Rings<A>& rings, bool streaming) {
   const int64_t half = v / item.vectors, first = v % item.vectors * kLanes;
   T* row = du + (item.b * a.H + y) * a.W * 2 * a.F + half * a.F + item.channel + first;
   const A* slope = rings.slope.row(y, v) + kLanes;
@@ -104,7 +110,7 @@ void propagate(const DwconvGluBackward& a, const DwconvGluItem& item, T* du, int
     Vec<A> ds[kPixels] = {};
     nine_taps<true>(rings.dc.around(y, v, x).row, taps.vector(v), ds);
     for (int p = 0; p < kPixels; ++p)
-      store_some<A>(row + (x + p) * stride, ds[p] * load(slope + (x + p) * kLanes), count);
+      store_some<A>(row + (x + p) * stride, ds[p] * load(slope + (x + p) * kLanes), count, streaming);
   });
 }
 
@@ -114,6 +120,7 @@ void backward(const DwconvGluBackward& a, const T* u, int64_t begin, int64_t end
   T* du = static_cast<T*>(a.du.data);
   PackedTaps<A> taps;
   Rings<A> rings(a.H, a.W);
+  const bool streaming = streams(a.du, a.F, 2 * a.B * a.H * a.W * a.F);
   Scratch<A> sums(a.partial != nullptr ? kMaxVectors * 10 * kLanes : 0);
   for (int64_t index = begin; index < end; ++index) {
     const DwconvGluItem item(a, index);
@@ -126,11 +133,11 @@ void backward(const DwconvGluBackward& a, const T* u, int64_t begin, int64_t end
     for (int64_t y = item.first < 1 ? 0 : item.first - 1; y <= item.last && item.first < item.last; ++y) {
       if (y + 1 > item.first && y + 1 < a.H) fill(a, item, u, y + 1, rings);
       for (int64_t v = 0; v < item.vectors; ++v) {
-        if (y < a.H) convolve(a, item, dout, y, v, taps, rings);
+        if (y < a.H) convolve(a, item, dout, u, y, v, taps, rings);
         for (int64_t both = v; both < vectors; both += item.vectors) {
           if (a.partial != nullptr && y >= item.first && y < item.last)
             accumulate(a.W, y, both, rings, sums.data() + both * 10 * kLanes);
-          if (y > item.first) propagate(a, item, du, y - 1, both, taps, rings);
+          if (y > item.first) propagate(a, item, du, y - 1, both, taps, rings, streaming);
         }
       }
     }
@@ -143,6 +150,7 @@ void backward(const DwconvGluBackward& a, const T* u, int64_t begin, int64_t end
         store_some<A>(partial + k * 2 * a.F, load(sums.data() + (v * 10 + k) * kLanes), item.count - first);
     }
   }
+  if (streaming) stream_fence();
 }
 
 template <class A>

@@ -1,6 +1,7 @@
 #include "linear_attention.h"
 
 #include "linear_attention_tile.h"
+#include "stream.h"
 #include "vec.h"
 
 namespace sana_ext::cpu::SANA_EXT_ISA {
@@ -18,7 +19,6 @@ void state(const LinearAttentionState& a, int64_t begin, int64_t end) {
     const int64_t b = item / chunks, first = item % chunks * a.size.chunk;
     const int64_t last = first + a.size.chunk < N ? first + a.size.chunk : N;
     A* states = static_cast<A*>(a.partial) + item * H * state_size;
-    zero(states, H * state_size);
     for (int64_t n = first; n < last; n += kLinearAttentionBlock) {
       const int64_t tokens = last - n < kLinearAttentionBlock ? last - n : kLinearAttentionBlock;
       const A* scale = ones;
@@ -33,12 +33,16 @@ void state(const LinearAttentionState& a, int64_t begin, int64_t end) {
         read_head<A>(a.k, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> k) SANA_EXT_LAMBDA_INLINE {
           k = relu<A>(k * load(weight + c) * scale[t]);
           store(khat.data() + t * P + c, k);
-          store(z + c, load(z + c) + k);
         });
         read_head<A>(a.v, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> v) SANA_EXT_LAMBDA_INLINE {
           store(values.data() + t * P + c, v);
         });
-        accumulate(khat.data(), values.data(), S, tokens, D, P);
+        for (int64_t c = 0; c < P; c += kLanes) {
+          Vec<A> total = n == first ? Vec<A>{} : load(z + c);
+          for (int64_t t = 0; t < tokens; ++t) total += load(khat.data() + t * P + c);
+          store(z + c, total);
+        }
+        accumulate(khat.data(), values.data(), S, tokens, D, P, n == first);
       }
     }
   }
@@ -76,9 +80,11 @@ template <class A, int kD>
 void output(const LinearAttentionOutput& a, int64_t begin, int64_t end) {
   const int64_t N = a.size.N, H = a.size.H, D = kD > 0 ? kD : a.size.D, P = kD > 0 ? kD : a.size.P;
   const int64_t blocks = (N + kLinearAttentionBlock - 1) / kLinearAttentionBlock;
-  Scratch<A> weights(H * P), qhat(kLinearAttentionBlock * P), numerator(kLinearAttentionBlock * P);
+  Scratch<A> weights(H * P), qhat(kLinearAttentionBlock * P);
+  zero(qhat.data(), kLinearAttentionBlock * P);  // rows past the last token are summed, too
   load_weights(a.weight_q, a.size, weights.data());
   const LinearAttentionRows<Ptr> out{a.out, N * H * D, H * D, D};
+  const bool streaming = streams(a.out, D, a.size.B * N * H * D);
   A extra[kLinearAttentionBlock], scale[kLinearAttentionBlock];
   for (A& e : extra) e = a.weight_q ? A(0) : A(a.eps);
   for (int64_t item = begin; item < end; ++item) {
@@ -95,13 +101,22 @@ void output(const LinearAttentionOutput& a, int64_t begin, int64_t end) {
       read_head<A>(a.q, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> q) SANA_EXT_LAMBDA_INLINE {
         store(qhat.data() + t * P + c, relu<A>(q * load(weight + c)));
       });
-      multiply<A>(qhat.data(), S, nullptr, numerator.data(), tokens, D, P);
-      for (int64_t t = 0; t < tokens; ++t) scale[t] = inverse(dot(qhat.data() + t * P, z, P) + extra[t]);
-      write_head<A>(out, b, n, h, tokens, D, [&](int64_t t, int64_t c) SANA_EXT_LAMBDA_INLINE {
-        return load(numerator.data() + t * P + c) * scale[t];
+      for (int64_t t = 0; t < tokens; t += kLanes) {
+        Vec<A> products[kLanes] = {};
+        for (int64_t c = 0; c < P; c += kLanes)
+          for (int i = 0; i < kLanes; ++i) products[i] += load(qhat.data() + (t + i) * P + c) * load(z + c);
+        store(scale + t, inverse<A>(sum_each<A>(products) + load(extra + t)));
+      }
+      on_head<A>(out, b, n, h, [&](auto* p) SANA_EXT_LAMBDA_INLINE {
+        multiply<A>(qhat.data(), S, nullptr, tokens, D, P,
+                    [&](int64_t t, int64_t c, Vec<A> sum) SANA_EXT_LAMBDA_INLINE {
+                      auto* target = p + t * out.stride_n + c;
+                      streaming ? stream(target, sum * scale[t]) : store_part<A>(target, sum * scale[t], D - c);
+                    });
       });
     }
   }
+  if (streaming) stream_fence();
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // and two register-tiled products. Scratch holds blocks of tokens as [tokens][P] accumulators.
 #pragma once
 #include <cfloat>
+#include <type_traits>
 
 #include "linear_attention.h"
 #include "vec.h"
@@ -37,10 +38,10 @@ SANA_EXT_INLINE void for_tiles(int64_t first, int64_t count, const F& f) {
   if constexpr (kRows > 1) for_tiles<kRows / 2>(first, count, f);
 }
 
-// out[r][:] = init[:] + sum_k x[r][k] m[k][:] for kRows rows and kVectors vectors.
-template <class A, int kRows, int kVectors>
-__attribute__((noinline)) void multiply_tile(const A* x, const A* m, const A* init, A* out, int64_t depth,
-                                             int64_t stride) {
+// put(r, v, init[:] + sum_k x[r][k] m[k][:]) for kRows rows r and kVectors vectors v.
+template <class A, int kRows, int kVectors, class Put>
+__attribute__((noinline)) void multiply_tile(const A* x, const A* m, const A* init, int64_t depth, int64_t stride,
+                                             const Put& put) {
   Vec<A> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -60,17 +61,18 @@ __attribute__((noinline)) void multiply_tile(const A* x, const A* m, const A* in
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(out + r * stride + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) put(r, v, sum[r][v]);
 }
 
-// m[i][:] += sum_t x[t][i] y[t][:] for kRows rows i and kVectors vectors.
+// m[i][:] += sum_t x[t][i] y[t][:] for kRows rows i and kVectors vectors; m counts as 0 if it is `fresh`.
 template <class A, int kRows, int kVectors>
-__attribute__((noinline)) void accumulate_tile(const A* x, const A* y, A* m, int64_t tokens, int64_t stride) {
+__attribute__((noinline)) void accumulate_tile(const A* x, const A* y, A* m, int64_t tokens, int64_t stride,
+                                               bool fresh) {
   Vec<A> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(m + r * stride + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = fresh ? Vec<A>{} : load(m + r * stride + v * kLanes);
   for (int64_t t = 0; t < tokens; ++t, x += stride, y += stride) {
     Vec<A> row[kVectors];
 #pragma GCC unroll 8
@@ -88,28 +90,75 @@ __attribute__((noinline)) void accumulate_tile(const A* x, const A* y, A* m, int
     for (int v = 0; v < kVectors; ++v) store(m + r * stride + v * kLanes, sum[r][v]);
 }
 
-// out [tokens][P] = init [P] + x [tokens][P] * m [D][P]; init may be nullptr.
-template <class A>
-SANA_EXT_INLINE void multiply(const A* x, const A* m, const A* init, A* out, int64_t tokens, int64_t D, int64_t P) {
+// put(t, c, vector) for every vector, at column c, of init [P] + x [tokens][P] * m [D][P]; init may be nullptr.
+template <class A, class Put>
+SANA_EXT_INLINE void multiply(const A* x, const A* m, const A* init, int64_t tokens, int64_t D, int64_t P,
+                              const Put& put) {
   for_tiles<Tile<A>::kVectors>(0, P / kLanes, [&](int64_t v, auto vectors) SANA_EXT_LAMBDA_INLINE {
     const int64_t c = v * kLanes;
     for_tiles<Tile<A>::kRows>(0, tokens, [&](int64_t t, auto rows) SANA_EXT_LAMBDA_INLINE {
       multiply_tile<A, decltype(rows)::value, decltype(vectors)::value>(
-          x + t * P, m + c, init == nullptr ? nullptr : init + c, out + t * P + c, D, P);
+          x + t * P, m + c, init == nullptr ? nullptr : init + c, D, P,
+          [&](int r, int i, Vec<A> sum) SANA_EXT_LAMBDA_INLINE { put(t + r, c + i * kLanes, sum); });
     });
   });
 }
 
-// m [D][P] += x [tokens][P]^T * y [tokens][P]
+// out [tokens][P] = init [P] + x [tokens][P] * m [D][P]; init may be nullptr.
 template <class A>
-SANA_EXT_INLINE void accumulate(const A* x, const A* y, A* m, int64_t tokens, int64_t D, int64_t P) {
+SANA_EXT_INLINE void multiply(const A* x, const A* m, const A* init, A* out, int64_t tokens, int64_t D, int64_t P) {
+  multiply(x, m, init, tokens, D, P,
+           [&](int64_t t, int64_t c, Vec<A> sum) SANA_EXT_LAMBDA_INLINE { store(out + t * P + c, sum); });
+}
+
+// m [D][P] += x [tokens][P]^T * y [tokens][P]; m counts as 0 if it is `fresh`.
+template <class A>
+SANA_EXT_INLINE void accumulate(const A* x, const A* y, A* m, int64_t tokens, int64_t D, int64_t P,
+                                bool fresh = false) {
   for_tiles<Tile<A>::kVectors>(0, P / kLanes, [&](int64_t v, auto vectors) SANA_EXT_LAMBDA_INLINE {
     const int64_t c = v * kLanes;
     for_tiles<Tile<A>::kRows>(0, D, [&](int64_t i, auto rows) SANA_EXT_LAMBDA_INLINE {
-      accumulate_tile<A, decltype(rows)::value, decltype(vectors)::value>(x + i, y + c, m + i * P + c, tokens, P);
+      accumulate_tile<A, decltype(rows)::value, decltype(vectors)::value>(x + i, y + c, m + i * P + c, tokens, P,
+                                                                          fresh);
     });
   });
 }
+
+// Lane i of the result is the sum of the lanes of v[i], added up in a fixed order; v is overwritten. A tree of
+// interleavings; kLanes single sums take several times the instructions.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SANA_EXT_SHUFFLE(...) __builtin_shufflevector(__VA_ARGS__)
+#endif
+#endif
+#if defined(SANA_EXT_SHUFFLE)
+// a0 b0 a1 b1 ... of the low halves plus the same of the high halves.
+template <class V>
+SANA_EXT_INLINE V add_halves(V a, V b) {
+#if defined(__AVX512F__)
+  return SANA_EXT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
+         SANA_EXT_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  return SANA_EXT_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11) + SANA_EXT_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return SANA_EXT_SHUFFLE(a, b, 0, 4, 1, 5) + SANA_EXT_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+template <class A, int kWidth = kLanes / 2>
+SANA_EXT_INLINE Vec<A> sum_each(Vec<A> (&v)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kWidth; ++i) v[i] = add_halves(v[i], v[i + kWidth]);
+  if constexpr (kWidth > 1) return sum_each<A, kWidth / 2>(v);
+  return v[0];
+}
+#else
+template <class A>
+SANA_EXT_INLINE Vec<A> sum_each(Vec<A> (&v)[kLanes]) {
+  Vec<A> result;
+  for (int i = 0; i < kLanes; ++i) result[i] = sum_lanes<A>(v[i]);
+  return result;
+}
+#endif
 
 // dot(x, y) of P elements.
 template <class A>
@@ -123,6 +172,11 @@ SANA_EXT_INLINE A dot(const A* x, const A* y, int64_t P) {
 template <class A>
 SANA_EXT_INLINE A inverse(A d) {
   return d < A(sizeof(A) == 8 ? DBL_MIN : FLT_MIN) ? A(0) : A(1) / d;
+}
+
+template <class A>
+SANA_EXT_INLINE Vec<A> inverse(Vec<A> d) {
+  return d < broadcast(A(sizeof(A) == 8 ? DBL_MIN : FLT_MIN)) ? Vec<A>{} : broadcast(A(1)) / d;
 }
 
 // The first `count` elements at p (count may be <= 0 or more than a vector), the other lanes 0.
@@ -156,6 +210,14 @@ SANA_EXT_INLINE void read_head(const LinearAttentionRows<ConstPtr>& x, int64_t b
                    for (int64_t c = 0; c < P; c += kLanes) f(t, c, load_part<A>(p + c, D - c));
                  }
                });
+}
+
+// f(p) with p the first element of head h of token n.
+template <class A, class Pointer, class F>
+SANA_EXT_INLINE void on_head(const LinearAttentionRows<Pointer>& x, int64_t b, int64_t n, int64_t h, const F& f) {
+  using Bytes = std::conditional_t<std::is_same_v<Pointer, Ptr>, char, const char>;
+  const int64_t offset = b * x.stride_b + n * x.stride_n + h * x.stride_h;
+  with_type<A>(x.p.dtype, static_cast<Bytes*>(x.p.data) + offset * size_of(x.p.dtype), f);
 }
 
 // Writes f(t, c), a vector, over the same range.
