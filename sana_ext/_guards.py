@@ -202,6 +202,8 @@ def block_reason(block: Any, x: torch.Tensor, operand: Operand, parts: tuple[str
     """What keeps the whole block on diffusers' code, for the residual stream x."""
     if transforming():
         return "torch.func transforms and forward-mode AD run on diffusers' code"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records diffusers' code"
     if "norms" not in parts:
         return f"no compiled kernel answers on {operand.device.type}"
     if type(x) is not torch.Tensor and type(x) is not nn.Parameter:

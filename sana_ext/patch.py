@@ -51,6 +51,7 @@ def patch(model_or_pipeline: Any, *, cuda_graph: bool = False, cache_text: bool 
 
     Parameter names, saving and loading, deepcopy, gradient checkpointing, torch.compile, LoRA, hooks, offloading and
     foreign attention processors keep working: what the fused code cannot serve is called as diffusers would call it.
+    torch.func, forward-mode AD, torch.jit.trace and torch.export see diffusers' code.
     Weights are read at every call, so nothing goes stale. Patching twice changes nothing. A pickled model
     (``torch.save(model)``) is a stock model; a state dict is the same either way.
 

@@ -162,6 +162,31 @@ def test_torch_func_transforms_under_compile():
     assert not any(backend.graphs)
 
 
+class Plain(torch.nn.Module):
+    """Tensors in, a tensor out, as torch.jit.trace wants it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args):
+        return self.model(*args).sample
+
+
+def test_trace_and_export_record_stock():
+    model = transformer(num_layers=1).requires_grad_(False)
+    given = inputs(model, masked=False)
+    args = tuple(given[name] for name in ("hidden_states", "encoder_hidden_states", "timestep"))
+    expected = model(**given).sample
+    sana_ext.patch(model)
+    traced = torch.jit.trace(Plain(model), args, check_trace=False)
+    assert torch.equal(traced(*args), expected)
+    assert not [node for node in traced.inlined_graph.nodes() if node.kind().startswith("sana_ext::")]
+    exported = torch.export.export(Plain(model), args)
+    torch.testing.assert_close(exported.module()(*args), expected)
+    assert not [node for node in exported.graph.nodes if "sana_ext" in str(node.target)]
+
+
 def test_functional_call_and_ensembles():
     model = transformer(num_layers=1)
     sana_ext.patch(model)
