@@ -318,6 +318,7 @@ cuda::cudaError_t launch(const char* kernel, dim3 grid, dim3 block, size_t share
     order[i] = i;
     std::swap(order[i], order[random.below(i + 1)]);
   }
+  begin_launch();
   active_block = &runner;
   struct Restore {
     ~Restore() { active_block = nullptr; }

@@ -1,6 +1,8 @@
-// Which global memory a kernel may touch. Accesses outside, unaligned ones and writes to inputs are faults.
+// Which global memory a kernel may touch. Accesses outside, unaligned ones, writes to inputs, and bytes that two blocks
+// of a launch write, or one writes and another reads, are faults.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace sana_ext::emulator {
@@ -17,7 +19,9 @@ class GlobalMemory {
   const void* data_;
 };
 
-// What is wrong with an access, or an empty string. `bytes` is a power of two.
-std::string check_global(const void* address, size_t bytes, bool write);
+// Forgets which block wrote what.
+void begin_launch();
+// What is wrong with an access by block number `block`, or an empty string. `bytes` is a power of two.
+std::string check_global(const void* address, size_t bytes, bool write, uint32_t block);
 
 }  // namespace sana_ext::emulator

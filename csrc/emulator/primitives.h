@@ -69,14 +69,20 @@ inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 
 // Global memory
 
+inline void check_global(const void* p, size_t bytes, bool write) {
+  const dim3 index = blockIdx, size = gridDim;
+  const uint32_t block = (index.z * size.y + index.y) * size.x + index.x;
+  if (const std::string wrong = emulator::check_global(p, bytes, write, block); !wrong.empty())
+    this_block().fault(wrong);
+}
 template <class T>
 T load_global(const T* p) {
-  if (const std::string wrong = emulator::check_global(p, sizeof(T), false); !wrong.empty()) this_block().fault(wrong);
+  check_global(p, sizeof(T), false);
   return *p;
 }
 template <class T>
 void store_global(T* p, std::common_type_t<T> value) {
-  if (const std::string wrong = emulator::check_global(p, sizeof(T), true); !wrong.empty()) this_block().fault(wrong);
+  check_global(p, sizeof(T), true);
   *p = value;
 }
 
@@ -171,10 +177,7 @@ void store_shared16(Shared<T> p, const Bytes16& value) {
 // The bytes arrive at the wait; `valid == false` copies zeros and does not touch the source.
 template <class T>
 void copy_async16(Shared<T> to, const T* from, bool valid = true) {
-  if (valid)
-    if (const std::string wrong = emulator::check_global(reinterpret_cast<const Bytes16*>(from), 16, false);
-        !wrong.empty())
-      this_block().fault(wrong);
+  if (valid) check_global(from, 16, false);
   this_block().copy_async(to.checked16(), valid ? from : nullptr, 16);
 }
 inline void copy_async_commit() { this_block().commit_copies(); }

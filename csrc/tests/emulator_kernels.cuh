@@ -17,6 +17,7 @@ enum class Plant {
   kUninitialised,
   kMisaligned,
   kWritesInput,
+  kSharedOutput,
 };
 
 struct SumArgs {
@@ -54,7 +55,9 @@ __global__ void __launch_bounds__(128) sum_kernel(SumArgs a) {
   if (threadIdx.x != 0) return;
   float total = 0.0f;
   for (int i = 0; i < kWarps + (kPlant == Plant::kSharedOutOfBounds); ++i) total += slots[i];
-  store_global(kPlant == Plant::kWritesInput ? const_cast<float*>(a.x) : a.sums + blockIdx.x, total);
+  store_global(kPlant == Plant::kWritesInput ? const_cast<float*>(a.x)
+                                             : a.sums + (kPlant == Plant::kSharedOutput ? 0 : blockIdx.x),
+               total);
 }
 
 struct TransposeArgs {

@@ -152,6 +152,7 @@ void planted_faults() {
   must_fail("the kernel", "sum_kernel", [] { sum<Plant::kEarlyExit>(1003); });
   must_fail("waits for lane 5", "sum_kernel", [] { sum<Plant::kMissingLane>(1003); });
   must_fail("which nobody has written", "sum_kernel", [] { sum<Plant::kUninitialised>(1003); });
+  must_fail("which another block of this launch writes", "sum_kernel", [] { sum<Plant::kSharedOutput>(1003); });
   must_fail("to x, which is an input", "sum_kernel", [] { sum<Plant::kWritesInput>(1003); });
   must_fail("reads shared memory", "transpose_kernel", [] { transpose<Plant::kMissingBarrier>(32, 32); });
   must_fail("which nobody has written", "transpose_kernel", [] { transpose<Plant::kOffByOneIndex>(32, 32); });
