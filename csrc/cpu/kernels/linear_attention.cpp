@@ -108,11 +108,14 @@ void output(const LinearAttentionOutput& a, int64_t begin, int64_t end) {
         store(scale + t, inverse<A>(sum_each<A>(products) + load(extra + t)));
       }
       on_head<A>(out, b, n, h, [&](auto* p) SANA_EXT_LAMBDA_INLINE {
-        multiply<A>(qhat.data(), S, nullptr, tokens, D, P,
-                    [&](int64_t t, int64_t c, Vec<A> sum) SANA_EXT_LAMBDA_INLINE {
-                      auto* target = p + t * out.stride_n + c;
-                      streaming ? stream(target, sum * scale[t]) : store_part<A>(target, sum * scale[t], D - c);
-                    });
+        multiply<A>(qhat.data(), S, nullptr, tokens, D, P, [&](int64_t t, int64_t c) {
+          auto* target = p + t * out.stride_n + c;
+          const A* scales = scale + t;
+          return [=, stride = out.stride_n, count = D - c](int r, int v, Vec<A> sum) SANA_EXT_LAMBDA_INLINE {
+            auto* to = target + r * stride + v * kLanes;
+            streaming ? stream(to, sum * scales[r]) : store_part<A>(to, sum * scales[r], count - v * kLanes);
+          };
+        });
       });
     }
   }

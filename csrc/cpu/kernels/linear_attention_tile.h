@@ -38,10 +38,11 @@ SANA_EXT_INLINE void for_tiles(int64_t first, int64_t count, const F& f) {
   if constexpr (kRows > 1) for_tiles<kRows / 2>(first, count, f);
 }
 
-// put(r, v, init[:] + sum_k x[r][k] m[k][:]) for kRows rows r and kVectors vectors v.
+// put(r, v, init[:] + sum_k x[r][k] m[k][:]) for kRows rows r and kVectors vectors v. `put` comes by value: what it
+// holds is then in registers.
 template <class A, int kRows, int kVectors, class Put>
 __attribute__((noinline)) void multiply_tile(const A* x, const A* m, const A* init, int64_t depth, int64_t stride,
-                                             const Put& put) {
+                                             const Put put) {
   Vec<A> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -90,16 +91,16 @@ __attribute__((noinline)) void accumulate_tile(const A* x, const A* y, A* m, int
     for (int v = 0; v < kVectors; ++v) store(m + r * stride + v * kLanes, sum[r][v]);
 }
 
-// put(t, c, vector) for every vector, at column c, of init [P] + x [tokens][P] * m [D][P]; init may be nullptr.
-template <class A, class Put>
+// init [P] + x [tokens][P] * m [D][P] by tiles; init may be nullptr. to(t, c) makes what takes the tile at row t and
+// column c: put(r, v, vector) for row t + r and column c + v * kLanes.
+template <class A, class To>
 SANA_EXT_INLINE void multiply(const A* x, const A* m, const A* init, int64_t tokens, int64_t D, int64_t P,
-                              const Put& put) {
+                              const To& to) {
   for_tiles<Tile<A>::kVectors>(0, P / kLanes, [&](int64_t v, auto vectors) SANA_EXT_LAMBDA_INLINE {
     const int64_t c = v * kLanes;
     for_tiles<Tile<A>::kRows>(0, tokens, [&](int64_t t, auto rows) SANA_EXT_LAMBDA_INLINE {
       multiply_tile<A, decltype(rows)::value, decltype(vectors)::value>(
-          x + t * P, m + c, init == nullptr ? nullptr : init + c, D, P,
-          [&](int r, int i, Vec<A> sum) SANA_EXT_LAMBDA_INLINE { put(t + r, c + i * kLanes, sum); });
+          x + t * P, m + c, init == nullptr ? nullptr : init + c, D, P, to(t, c));
     });
   });
 }
@@ -107,8 +108,10 @@ SANA_EXT_INLINE void multiply(const A* x, const A* m, const A* init, int64_t tok
 // out [tokens][P] = init [P] + x [tokens][P] * m [D][P]; init may be nullptr.
 template <class A>
 SANA_EXT_INLINE void multiply(const A* x, const A* m, const A* init, A* out, int64_t tokens, int64_t D, int64_t P) {
-  multiply(x, m, init, tokens, D, P,
-           [&](int64_t t, int64_t c, Vec<A> sum) SANA_EXT_LAMBDA_INLINE { store(out + t * P + c, sum); });
+  multiply(x, m, init, tokens, D, P, [&](int64_t t, int64_t c) {
+    A* target = out + t * P + c;
+    return [target, P](int r, int v, Vec<A> sum) SANA_EXT_LAMBDA_INLINE { store(target + r * P + v * kLanes, sum); };
+  });
 }
 
 // m [D][P] += x [tokens][P]^T * y [tokens][P]; m counts as 0 if it is `fresh`.
