@@ -172,7 +172,7 @@ def test_strided_input():
 
 
 @compiled_only
-@pytest.mark.parametrize("H, D", [(70, 32), (112, 20)], ids=["streamed", "unaligned heads"])
+@pytest.mark.parametrize(("H", "D"), [(70, 32), (112, 20)], ids=["streamed", "unaligned heads"])
 def test_large_outputs_are_the_same(H, D):
     """Results beyond the caches are written by streaming stores: the bits are those of the images one by one."""
     q, k, v = (rand(i, 4, 490, H, D).float() for i in range(3))

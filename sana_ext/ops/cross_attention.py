@@ -18,7 +18,7 @@ _op = torch.ops.sana_ext
 BLOCK_ELEMENTS = 1 << 20
 
 #: N T D of one head below which torch's 16-bit backward on CPUs takes longer than the fp32 one, even with 16-bit
-#: arithmetic: it spends 0.1 ms on every head of every image (64 x 4 heads of 64 x 17 x 32: 25 ms against 3 ms).
+#: arithmetic: it spends 0.1 ms on every head of every image (64 x 4 heads of 64 x 17 x 32: benchmarks/bench_linear.py).
 SMALL_HEAD = 1 << 20
 
 
