@@ -13,7 +13,6 @@ refuses calls its stock module, with the inputs it would have seen in diffusers.
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from typing import Any
@@ -22,6 +21,8 @@ import torch
 from torch import nn
 
 from . import _guards as guards
+from . import _text_cache as text_cache
+from ._reversible import Reversible
 from .ops.cross_attention import cross_attention
 from .ops.glumbconv import glumbconv
 from .ops.linear import linear
@@ -34,10 +35,9 @@ _logger = logging.getLogger("sana_ext")
 _said: set[str] = set()
 
 
-class FusedBlock:
-    """Mixed into a block's class in front of the stock class, which stays reachable through super()."""
+class FusedBlock(Reversible):
+    """Mixed into a block's class."""
 
-    _sana_ext_stock: Any  # the block's class before `patch`
     _sana_ext_names: Any  # the module that defines the stock block, for the classes it uses
 
     def forward(
@@ -81,27 +81,6 @@ class FusedBlock:
             self, plan, operand, x, encoder_hidden_states, encoder_attention_mask, timestep, height, width
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo[id(self)] = _bare(type(self))
-        twin.__setstate__(copy.deepcopy(_state(self), memo))
-        return twin
-
-    def __copy__(self) -> Any:
-        twin = _bare(type(self))
-        twin.__setstate__(_state(self))
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A pickled block is a stock block: the file loads without sana_ext (patch again after loading)."""
-        return _bare, (self._sana_ext_stock,), _state(self)
-
-
-_bare: Any = object.__new__
-
-
-def _state(block: Any) -> Any:
-    return object.__reduce_ex__(block, 4)[2]
-
 
 def _say(what: str, reason: str) -> None:
     """Logs a run-time fallback once."""
@@ -139,7 +118,7 @@ def fused_forward(
 
     # Cross-attention, then the second norm: one pass where both are fused
     if text is not None and _serves(text, mask, x) and not plan.attn2:
-        y = _cross_attention(attn2, x, text, mask, operand)
+        y = _cross_attention(attn2, x, text, mask, operand, block.__dict__.get(text_cache.ATTRIBUTE))
     else:
         y = attn2(x, encoder_hidden_states=text, attention_mask=mask)
     x = _promoted(x, y)
@@ -224,15 +203,26 @@ def _serves(text: torch.Tensor, mask: torch.Tensor | None, x: torch.Tensor) -> b
 
 
 def _cross_attention(
-    attn: Any, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, operand: guards.Operand
+    attn: Any,
+    x: torch.Tensor,
+    text: torch.Tensor,
+    mask: torch.Tensor | None,
+    operand: guards.Operand,
+    cache: text_cache.TextCache | None,
 ) -> torch.Tensor:
+    def keys_and_values() -> text_cache.Pair:
+        k, v = (_linear(attn, name, text, operand) for name in ("to_k", "to_v"))
+        norm_k = guards.child(attn, "norm_k")
+        return (k if norm_k is None else norm_k(k)), v
+
     q = _linear(attn, "to_q", x, operand)
-    k, v = (_linear(attn, name, text, operand) for name in ("to_k", "to_v"))
-    norm_q, norm_k = guards.child(attn, "norm_q"), guards.child(attn, "norm_k")
+    norm_q = guards.child(attn, "norm_q")
     if norm_q is not None:
         q = norm_q(q)
-    if norm_k is not None:
-        k = norm_k(k)
+    if cache is None or torch.compiler.is_compiling():
+        k, v = keys_and_values()
+    else:
+        k, v = cache.keys_and_values(attn, keys_and_values, operand)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))  # [B, N | M, H, D]
     y = _output(attn, cross_attention(q, k, v, mask).flatten(2).to(q.dtype), operand)
     return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor

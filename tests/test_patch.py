@@ -307,10 +307,11 @@ def test_wrong_argument(function, wrong):
 
 
 @pytest.mark.parametrize("option", ["cuda_graph", "cache_text"])
-def test_options_of_later_versions(option):
+def test_options(option):
     model = transformer(TINY)
-    with pytest.raises(ValueError, match=f"{option}=True is not available in this version"):
-        sana_ext.patch(model, **{option: True})
+    if option == "cuda_graph":
+        with pytest.raises(ValueError, match=f"{option}=True is not available in this version"):
+            sana_ext.patch(model, **{option: True})
     with pytest.raises(TypeError, match=f"{option} must be True or False"):
         sana_ext.patch(model, **{option: 1})
     assert classes(model) == [SanaTransformerBlock]

@@ -1,0 +1,337 @@
+"""patch(cache_text=True): the text's keys and values are kept exactly as long as they are right."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
+from diffusers_models import inputs, run, transformer
+from peft import LoraConfig
+
+import sana_ext
+from sana_ext._text_cache import ATTRIBUTE
+
+BLOCKS = 2  # of diffusers_models.SMALL
+LORA = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
+
+pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread")
+
+
+@pytest.fixture
+def model():
+    model = transformer()
+    edit(model)  # versions above 0
+    assert sana_ext.patch(model, cache_text=True).cached == ["SanaTransformer2DModel"]
+    return model
+
+
+@pytest.fixture
+def given(model):
+    return inputs(model)
+
+
+def cache(model):
+    return vars(model)[ATTRIBUTE]
+
+
+def counts(model):
+    return cache(model).hits, cache(model).misses
+
+
+@torch.no_grad()
+def step(model, given):
+    return run(model, **given)
+
+
+@torch.no_grad()
+def truth(model, given):
+    """The same weights without a cache."""
+    twin = copy.deepcopy(model)
+    sana_ext.patch(twin)
+    assert ATTRIBUTE not in vars(twin)
+    return run(twin, **given)
+
+
+def assert_right(model, given):
+    assert torch.equal(step(model, given), truth(model, given))
+
+
+def test_steps_share_keys_and_values(model, given):
+    for i in range(4):
+        given["hidden_states"] = torch.randn_like(given["hidden_states"])
+        given["encoder_attention_mask"][1, -i:] = 0
+        assert_right(model, given)
+        assert counts(model) == (BLOCKS * i, BLOCKS)
+
+
+def test_text_as_positional_argument(model, given):
+    for _ in range(2):
+        with torch.no_grad():
+            model(given["hidden_states"], given["encoder_hidden_states"], given["timestep"])
+    assert counts(model) == (BLOCKS, BLOCKS)
+
+
+def test_text_edited_in_place(model, given):
+    assert_right(model, given)
+    before = step(model, given)
+    given["encoder_hidden_states"][0, 0] += 1
+    assert_right(model, given)
+    assert not torch.equal(step(model, given), before)
+
+
+def test_two_prompts_alternate(model, given):
+    other = given | {"encoder_hidden_states": torch.randn_like(given["encoder_hidden_states"])}
+    for _ in range(3):
+        assert_right(model, given)
+        assert_right(model, other)
+    assert counts(model) == (4 * BLOCKS, 2 * BLOCKS)
+    third = given | {"encoder_hidden_states": given["encoder_hidden_states"].clone()}
+    assert_right(model, third)
+    assert counts(model) == (4 * BLOCKS, 3 * BLOCKS)
+    assert len(cache(model)._texts) == 2
+
+
+def test_memory_goes_with_the_text(model, given):
+    step(model, given)
+    (text,) = cache(model)._texts
+    kept = [weakref.ref(t) for _, pair in text.pairs.values() for t in pair]
+    assert len(kept) == 2 * BLOCKS
+    del text, given["encoder_hidden_states"]
+    gc.collect()
+    assert not cache(model)._texts
+    assert all(reference() is None for reference in kept)
+
+
+def replace(model):
+    attn = model.transformer_blocks[1].attn2
+    attn.to_v.weight = torch.nn.Parameter(attn.to_v.weight * 1.5)
+
+
+def alias(model):
+    """Another parameter over the same memory, edited as often as the first."""
+    layer = model.transformer_blocks[1].attn2.to_v
+    twin = torch.nn.Parameter(layer.weight.data)
+    with torch.no_grad():
+        for _ in range(layer.weight._version):
+            twin.add_(0.1)
+    assert twin._version == layer.weight._version > 0
+    layer.weight = twin
+
+
+def edit(model):
+    with torch.no_grad():
+        model.transformer_blocks[0].attn2.to_k.weight.mul_(-1)
+        model.transformer_blocks[1].attn2.to_v.weight.mul_(-1)
+
+
+def edit_bias(model):
+    with torch.no_grad():
+        model.transformer_blocks[0].attn2.to_v.bias.add_(1)
+
+
+def edit_caption(model):
+    with torch.no_grad():
+        model.caption_projection.linear_1.weight.mul_(-1)
+
+
+def edit_caption_norm(model):
+    with torch.no_grad():
+        model.caption_norm.weight.mul_(-1)
+
+
+def load(model):
+    model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()})
+
+
+def new_data(model):
+    weight = model.transformer_blocks[0].attn2.to_v.weight
+    weight.data = weight.data * 2
+
+
+def new_layer(model):
+    attn = model.transformer_blocks[0].attn2
+    attn.to_k = copy.deepcopy(attn.to_k)
+    attn.to_k.weight.data.mul_(-1)
+
+
+def hook(model):
+    model.transformer_blocks[0].attn2.to_k.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def hook_on_caption(model):
+    model.caption_projection.linear_2.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def adapter(model):
+    model.add_adapter(LORA)
+
+
+def merged_adapter(model):
+    """fuse and unload write through weight.data and give the first layer back, without a forward in between."""
+    model.add_adapter(LORA)
+    model.fuse_lora()
+    model.unload_lora()
+
+
+CHANGES = [
+    replace,
+    alias,
+    edit,
+    edit_bias,
+    edit_caption,
+    edit_caption_norm,
+    load,
+    new_data,
+    new_layer,
+    hook,
+    hook_on_caption,
+    adapter,
+    merged_adapter,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_weights_change(model, given, change):
+    before = step(model, given)
+    change(model)
+    after = step(model, given)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, truth(model, given))
+    assert_right(model, given)
+
+
+def test_dtype_changes(model, given):
+    step(model, given)
+    model.to(torch.bfloat16)
+    given = {k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()}
+    assert_right(model, given)
+    with torch.autocast("cpu", torch.float16):
+        assert_right(model, given)
+
+
+def test_autocast_switches(model, given):
+    for enabled in (False, True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert_right(model, given)
+
+
+def test_scale_of_an_adapter(model, given):
+    model.add_adapter(LORA)
+    results = []
+    for scale in (1.0, 0.5, 1.0):
+        model.set_adapters("default", scale)
+        results.append(step(model, given))
+        assert torch.equal(results[-1], truth(model, given))
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+    assert counts(model) == (0, 0)
+
+
+def test_other_shapes(model, given):
+    for height, width in ((5, 7), (4, 4), (5, 7)):
+        given["hidden_states"] = torch.randn(2, 4, height, width)
+        assert_right(model, given)
+    assert counts(model)[0] == 2 * BLOCKS
+
+
+def test_off_under_grad(model, given):
+    def gradients(m):
+        m.zero_grad()
+        run(m, **given).square().mean().backward()
+        return {n: p.grad.clone() for n, p in m.named_parameters()}
+
+    step(model, given)
+    cached = counts(model)
+    got = gradients(model)
+    assert counts(model) == cached
+    twin = copy.deepcopy(model)
+    sana_ext.patch(twin)
+    for name, grad in gradients(twin).items():
+        assert torch.equal(got[name], grad), name
+
+
+def test_inference_mode(model, given):
+    with torch.inference_mode():
+        text = given["encoder_hidden_states"].clone()
+        for _ in range(2):
+            text += 1  # an inference tensor has no version that could tell
+            assert torch.equal(run(model, **given | {"encoder_hidden_states": text}),
+                               run(model, **given | {"encoder_hidden_states": text.clone()}))  # fmt: skip
+    assert counts(model) == (0, 0)
+
+
+def test_an_error_closes_the_step(model, given):
+    step(model, given)
+    with pytest.raises(AttributeError):
+        step(model, given | {"timestep": "wrong"})
+    assert cache(model)._current.text is None
+    assert_right(model, given)
+
+
+def test_compiles(model, given):
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(step(compiled, given), truth(model, given))
+        given["encoder_hidden_states"] = given["encoder_hidden_states"] + 1
+
+
+def test_copies_start_empty(model, given):
+    step(model, given)
+    twin = copy.deepcopy(model)
+    assert cache(twin) is not cache(model)
+    assert counts(twin) == (0, 0)
+    assert all(vars(block)[ATTRIBUTE] is cache(twin) for block in twin.transformer_blocks)
+    edit(twin)
+    assert_right(twin, given)
+    assert_right(model, given)
+
+
+def test_pickle_save_and_index_know_nothing_of_it(model, given, tmp_path):
+    step(model, given)
+    stock = pickle.loads(pickle.dumps(model))
+    assert type(stock) is SanaTransformer2DModel
+    assert b"sana_ext" not in pickle.dumps(model)
+    model.save_pretrained(tmp_path)
+    loaded = SanaTransformer2DModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert (type(model).__module__, type(model).__name__) == (
+        SanaTransformer2DModel.__module__,
+        SanaTransformer2DModel.__name__,
+    )
+    assert isinstance(model, SanaTransformer2DModel)
+
+
+def test_unpatch_and_the_last_call_decide(model, given):
+    step(model, given)
+    kept = cache(model)
+    sana_ext.patch(model, cache_text=True)
+    assert cache(model) is not kept
+    sana_ext.patch(model)
+    assert ATTRIBUTE not in vars(model)
+    assert type(model) is SanaTransformer2DModel
+    sana_ext.patch(model, cache_text=True)
+    assert sana_ext.unpatch(model) == BLOCKS
+    assert type(model) is SanaTransformer2DModel
+    assert {type(block) for block in model.transformer_blocks} == {SanaTransformerBlock}
+    assert not any(ATTRIBUTE in vars(module) for module in model.modules())
+
+
+def test_report(model):
+    assert "keeps its text's keys and values" in str(sana_ext.patch(model, cache_text=True))
+    block = transformer().transformer_blocks[0]
+    assert "no SanaTransformer2DModel" in sana_ext.patch(block, cache_text=True).skipped["text cache"]
+
+    class Other(SanaTransformer2DModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    other = transformer()
+    other.__class__ = Other
+    assert sana_ext.patch(other, cache_text=True).skipped["text cache"] == "Other overrides forward"
+    other = transformer()
+    other.forward = other.forward
+    assert "replaced on the instance" in sana_ext.patch(other, cache_text=True).skipped["text cache"]
