@@ -6,6 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from tiny_pipeline import make
 
 from sana15 import SanaConfig, SanaTransformer, flow
 from sana15.autoencoder import MINI, Autoencoder
@@ -64,6 +65,20 @@ def test_guidance_one_is_the_conditional_model(pipe):
         torch.testing.assert_close(plain(x, 500.0), conditional)
         expected = unconditional + 3.0 * (conditional - unconditional)
         torch.testing.assert_close(guided(x, 500.0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_brings_its_guidance(pipe, tmp_path):
+    assert pipe.guidance == 4.5
+    folder = make(tmp_path / "model")
+    (folder / "sana15.json").write_text('{"guidance": 2}')
+    own = Pipeline.from_pretrained(folder)
+    given = {"steps": 2, "seed": 1}
+    assert np.array_equal(pixels(own("a red circle", **given)), pixels(own("a red circle", guidance=2.0, **given)))
+    assert not np.array_equal(pixels(own("a red circle", **given)), pixels(own("a red circle", guidance=8.0, **given)))
+    for wrong in ('"2"', "true", "NaN", "null"):
+        (folder / "sana15.json").write_text(f'{{"guidance": {wrong}}}')
+        with pytest.raises(DataError, match="guidance must be a finite number"):
+            Pipeline.from_pretrained(folder)
 
 
 def test_negative_prompt_takes_the_place_of_the_empty_one(pipe):

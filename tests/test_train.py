@@ -51,6 +51,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(autoencoder, tmp_path):
 
 def test_transformer_trains_samples_and_exports(autoencoder, tmp_path):
     options = [*TINY, f"out={tmp_path}", "steps=2", f"transformer.autoencoder={autoencoder}", "precision=bf16"]
+    options.append("sample_guidance=2.5")
     exported = train(load_config(None, options))
     assert all(torch.isfinite(torch.tensor(m["loss"])) for m in metrics(tmp_path) if "loss" in m)
     assert 0 <= next(m["score"] for m in metrics(tmp_path) if "score" in m) <= 1
@@ -58,6 +59,7 @@ def test_transformer_trains_samples_and_exports(autoencoder, tmp_path):
     pipe = Pipeline.from_pretrained(exported)
     assert pipe("a red circle", steps=1)[0][0].size == (64, 64)
     assert pipe.config.num_layers == 12
+    assert pipe.guidance == 2.5
 
 
 def test_another_configuration_in_the_same_folder_is_refused(autoencoder):

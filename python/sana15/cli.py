@@ -137,7 +137,9 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
     command.add_argument("--sampler", default="flow_dpm", help="flow_dpm (default) or flow_euler")
-    command.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance scale (default 4.5)")
+    command.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale (default: the model's own; published sizes 4.5)"
+    )
     command.add_argument(
         "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="guidance only at noise levels sigma between these (default 0 1)",

@@ -28,7 +28,7 @@ def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, st
         "candidate": item.candidate,
         "steps": settings.steps,
         "sampler": settings.sampler,
-        "guidance": settings.guidance,
+        "guidance": pipe.guidance_of(settings),
         "guidance_interval": list(settings.guidance_interval),
         "flow_shift": pipe.flow_shift,
         "width": width,

@@ -45,7 +45,7 @@ class Sampling:
 
     seed: int = 0
     steps: int = 20
-    guidance: float = 4.5
+    guidance: float | None = None  # None: the model's own; see Pipeline.guidance_of
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     height: int | None = None
     width: int | None = None
@@ -55,24 +55,32 @@ class Sampling:
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer from 0 on, got {self.seed!r}")
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1, got {low} {high}")
 
 
+GUIDANCE = 4.5  # of the published sizes
+
+
 class Pipeline:
-    """Text encoder + transformer + autoencoder, and the flow shift they were trained with.
+    """Text encoder + transformer + autoencoder, the flow shift they were trained with and the guidance that suits them.
 
     Build one with `Pipeline.from_pretrained("mini")` or from a folder in diffusers' layout.
     """
 
     def __init__(
-        self, text: TextEncoder, transformer: SanaTransformer, autoencoder: Autoencoder, flow_shift: float = 3.0
+        self,
+        text: TextEncoder,
+        transformer: SanaTransformer,
+        autoencoder: Autoencoder,
+        flow_shift: float = 3.0,
+        guidance: float = GUIDANCE,
     ) -> None:
         self.text, self.transformer, self.autoencoder = text, transformer, autoencoder
-        self.flow_shift = flow_shift
+        self.flow_shift, self.guidance = flow_shift, guidance
         self.source: Path | None = None  # the folder it was loaded from
 
     @staticmethod
@@ -100,7 +108,7 @@ class Pipeline:
         text: TextEncoder
         text = MiniTextEncoder.load(root / "text_encoder") if mini else GemmaTextEncoder.load(root)
         transformer = load_transformer(root / "transformer", dtype=dtype)
-        pipe = Pipeline(text, transformer, Autoencoder.load(root / "vae"), _flow_shift(root))
+        pipe = Pipeline(text, transformer, Autoencoder.load(root / "vae"), _flow_shift(root), _guidance(root))
         config = transformer.config
         for what, given, needed in (
             ("text encoder gives features", text.width, config.caption_channels),
@@ -155,6 +163,10 @@ class Pipeline:
         height, width = self.picture_size(height, width)
         return self.config.in_channels, height // self.autoencoder.factor, width // self.autoencoder.factor
 
+    def guidance_of(self, settings: Sampling) -> float:
+        """The guidance scale that the settings name, or else the model's own."""
+        return self.guidance if settings.guidance is None else settings.guidance
+
     def __call__(
         self,
         prompts: str | Sequence[str],
@@ -162,7 +174,7 @@ class Pipeline:
         n: int = 1,
         seed: int = 0,
         steps: int = 20,
-        guidance: float = 4.5,
+        guidance: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
         width: int | None = None,
@@ -177,7 +189,8 @@ class Pipeline:
             prompts: one prompt or several; the empty prompt is allowed and means "anything".
             n: pictures per prompt; the candidates 0..n-1, whose noise depends on (seed, prompt index, candidate) only.
             steps, sampler: "flow_dpm" (Flow-DPM-Solver++, SANA's default of 20 steps) or "flow_euler" (28).
-            guidance: classifier-free guidance scale; 1 switches the unconditional branch off.
+            guidance: classifier-free guidance scale; 1 switches the unconditional branch off. Default: the model's own
+                (`guidance` in its sana15.json), 4.5 for the published sizes.
             guidance_interval: (low, high); guidance only at noise levels sigma with low <= sigma <= high. Outside, the
                 model is asked once per step instead of twice.
             height, width: pixels; default the size the model was made for, at most 4 times that.
@@ -231,10 +244,11 @@ class Pipeline:
         plan: flow.Schedule,
         callback: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[Item, Image.Image]]:
-        guides = [flow.guidance_is_on(s, settings.guidance, settings.guidance_interval) for s in plan.sigmas[:-1]]
+        guidance = self.guidance_of(settings)
+        guides = [flow.guidance_is_on(s, guidance, settings.guidance_interval) for s in plan.sigmas[:-1]]
         for number, chunk in enumerate(chunks):
             velocity = self.guided_velocity(
-                [item.prompt for item in chunk], settings.negative_prompt, settings.guidance if any(guides) else 1.0
+                [item.prompt for item in chunk], settings.negative_prompt, guidance if any(guides) else 1.0
             )
             noises = [noise(settings.seed, item.index, item.candidate, shape) for item in chunk]
             state = flow.SamplerState(torch.stack(noises).to(self.device))
@@ -285,6 +299,15 @@ def _stack(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(t, (*[0] * (2 * (t.dim() - 2)), 0, length - t.shape[1]))
 
     return torch.cat([pad(a), pad(b)])
+
+
+def _guidance(root: Path) -> float:
+    """The guidance scale of the folder's sana15.json; the published sizes' where none is recorded."""
+    path = root / "sana15.json"
+    value = read_json(path).get("guidance", GUIDANCE) if path.exists() else GUIDANCE
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"{path}: guidance must be a finite number, got {value!r}")
+    return float(value)
 
 
 def _flow_shift(root: Path) -> float:

@@ -123,6 +123,8 @@ class TransformerTask:
             "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.config.flow_shift,
         }  # fmt: skip
         _made(folder / "scheduler").joinpath("scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+        settings = {"guidance": self.run.sample_guidance, "trained_steps": self.run.steps}
+        folder.joinpath("sana15.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def initialise(model: SanaTransformer) -> None:
