@@ -62,6 +62,27 @@ def test_transformer_trains_samples_and_exports(autoencoder, tmp_path):
     assert pipe.guidance == 2.5
 
 
+def test_tensorboard_shows_what_metrics_hold(autoencoder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(autoencoder.parent / "tensorboard")).Reload()
+    lines = [m for m in metrics(autoencoder.parent) if "loss" in m]
+    assert {"loss", "lr", "images_per_s", "grad_norm"} <= set(board.Tags()["scalars"])
+    shown = {event.step: event.value for event in board.Scalars("loss")}
+    assert shown == pytest.approx({m["step"]: m["loss"] for m in lines})
+
+
+def test_what_changes_nothing_in_the_result_may_change_on_resuming(autoencoder, tmp_path):
+    options = [*TINY, f"out={tmp_path}", f"transformer.autoencoder={autoencoder}", "sample_every=9"]
+    train(load_config(None, [*options, "steps=1"]))
+    changed = ["steps=2", "sample_guidance=2.5", "log_every=1", "transformer.compile=false"]
+    before = (tmp_path / "config.yaml").read_text().replace("compile: false", "compile: true")
+    (tmp_path / "config.yaml").write_text(before)
+    assert Pipeline.from_pretrained(train(load_config(None, [*options, *changed]))).guidance == 2.5
+    with pytest.raises(ValueError, match="run with another transformer"):
+        train(load_config(None, [*options, "steps=3", "transformer.flow_shift=2.0"]))
+
+
 def test_another_configuration_in_the_same_folder_is_refused(autoencoder):
     with pytest.raises(ValueError, match="run with another lr"):
         train(load_config(None, [*TINY, "task=autoencoder", f"out={autoencoder.parent}", "steps=4", "lr=0.5"]))

@@ -155,7 +155,9 @@ def _record_config(config: TrainConfig, out: Path) -> None:
     path, values = out / "config.yaml", dataclasses.asdict(config)
     if path.exists():
         before = dataclasses.asdict(load_config(path, []))  # options that came later take their defaults
-        free = ("steps", "log_every", "save_every", "keep", "sample_every", "sample_steps", "workers", "device", "out")
+        free = ("steps", "log_every", "save_every", "keep", "workers", "device", "out")
+        free += ("sample_every", "sample_steps", "sample_guidance")
+        before["transformer"]["compile"] = values["transformer"]["compile"]
         changed = [k for k in values if k not in free and before[k] != values[k]]
         if changed:
             raise ValueError(f"{out} holds a run with another {', '.join(changed)}; choose another `out` or remove it")
