@@ -67,6 +67,14 @@ uint32_t pack(float low, float high) {
 
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 
+// As far off as the instruction may be: rounded to 11 bits.
+inline float tanh_approx(float x) {
+  const uint32_t bits = float_bits(std::tanh(x));
+  return bits_float((bits + 0xfffu + (bits >> 13 & 1u)) & ~0x1fffu);
+}
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+
 // Global memory
 
 inline void check_global(const void* p, size_t bytes, bool write) {
@@ -133,13 +141,15 @@ class Shared {
                          std::to_string(count_));
     return begin_ + static_cast<size_t>(i) * sizeof(T);
   }
-  // The same for 16 aligned bytes.
-  size_t checked16() const {
-    const size_t offset = checked(0, static_cast<int64_t>(16 / sizeof(T)));
-    if (offset % 16 != 0)
-      this_block().fault("shared memory at byte " + std::to_string(offset) + " is no multiple of 16");
+  // The same for `bytes` aligned bytes.
+  size_t checked_bytes(size_t bytes) const {
+    const size_t offset = checked(0, static_cast<int64_t>(bytes / sizeof(T)));
+    if (offset % bytes != 0)
+      this_block().fault("shared memory at byte " + std::to_string(offset) + " is no multiple of " +
+                         std::to_string(bytes));
     return offset;
   }
+  size_t checked16() const { return checked_bytes(16); }
 
  private:
   size_t begin_ = 0;
@@ -167,6 +177,12 @@ template <class T>
 Bytes16 load_shared16(Shared<T> p) {
   Bytes16 value;
   this_block().read_shared(p.checked16(), &value, 16);
+  return value;
+}
+template <class T>
+uint32_t load_shared4(Shared<T> p) {
+  uint32_t value;
+  this_block().read_shared(p.checked_bytes(4), &value, 4);
   return value;
 }
 template <class T>

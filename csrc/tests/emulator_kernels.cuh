@@ -161,7 +161,7 @@ struct WarpArgs {
   uint32_t* out;           // [32, kWarpResults]
 };
 
-constexpr int kWarpResults = 25;
+constexpr int kWarpResults = 29;
 
 // Everything that lanes can tell each other. One block of 64 threads; the second warp goes through a named barrier.
 template <Plant kPlant>
@@ -204,6 +204,9 @@ __global__ void __launch_bounds__(64) warp_kernel(WarpArgs a) {
   if (kPlant != Plant::kMissingBarrier) named_barrier(3, 64);
   r[k++] = relay[31 - lane];
   r[k++] = blockDim.x * gridDim.x;
+  r[k++] = load_shared4(rows + lane * 8 + 2);
+  const float x = static_cast<float>(lane) - 15.5f;
+  r[k++] = float_bits(tanh_approx(x)), r[k++] = float_bits(exp2_approx(x)), r[k++] = float_bits(reciprocal_approx(x));
   for (int i = 0; i < kWarpResults; ++i) store_global(a.out + lane * kWarpResults + i, r[i]);
 }
 

@@ -106,6 +106,10 @@ void warp() {
       CHECK(r[k++] == (element(first + column, row) | element(first + column + 1, row) << 16));
     CHECK(r[k++] == (31 - lane) * (31 - lane));
     CHECK(r[k++] == 64);
+    CHECK(r[k++] == (element(static_cast<int>(lane), 2) | element(static_cast<int>(lane), 3) << 16));
+    const double x = lane - 15.5;
+    for (const auto& [value, error] : {std::pair{std::tanh(x), 0x1p-11}, {std::exp2(x), 0x1p-21}, {1 / x, 0x1p-21}})
+      CHECK_CLOSE(bits_float(r[k++]), value, std::abs(value) * error);
     CHECK(k == kWarpResults);
   }
 }
