@@ -116,6 +116,11 @@ def _norm_modulate_cuda(sizes: dict[str, int]) -> tuple[str, str]:
     return _by_size(sizes, "C", lambda c: c % 8 == 0 and c <= 2304, rule)
 
 
+def _dwconv_glu_cuda(sizes: dict[str, int]) -> tuple[str, str]:
+    rule = "aligned rows with F a multiple of 8 (of 4 in fp32) are copied 16 bytes at a time"
+    return _by_size(sizes, "F", lambda f: f % 8 == 0, rule)
+
+
 def _linear_attention(sizes: dict[str, int]) -> tuple[str, str]:
     return _by_size(sizes, "D", lambda d: d == 32, "a head dimension of 32 is fixed at compile time")
 
@@ -138,6 +143,7 @@ PATHS: dict[tuple[str, str], Callable[[dict[str, int]], tuple[str, str]]] = {
     ("norm_modulate", "cuda"): _norm_modulate_cuda,
     ("gated_residual", "cuda"): _norm_modulate_cuda,
     ("residual_norm_modulate", "cuda"): _norm_modulate_cuda,
+    ("dwconv_glu", "cuda"): _dwconv_glu_cuda,
     ("linear_attention", "cpu"): _linear_attention,
     ("linear_attention_qkv", "cpu"): _linear_attention,
     ("linear", "cpu"): _linear,

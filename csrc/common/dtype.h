@@ -12,7 +12,9 @@ namespace sana_ext {
 
 enum class Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+SANA_EXT_ON_BOTH constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 // The start of a tensor's elements. `data == nullptr` means "this optional tensor is absent".
 struct ConstPtr {

@@ -1,25 +1,15 @@
-#include "glue.h"
+#include "glumbconv.h"
+
 #include "kernels/dwconv_glu.h"
 
 namespace sana_ext::cpu {
 namespace {
 
-void check_arguments(const Tensor& u, const Tensor& weight, const OptionalTensor& bias, int64_t height, int64_t width) {
-  check(u.dim() == 3, "u must have shape [B, N, 2F]");
-  check(height >= 1 && width >= 1 && u.size(1) % height == 0 && u.size(1) / height == width,
-        "u must have height * width tokens");
-  check(u.size(2) % 2 == 0, "u must have an even number of channels");
-  check_shape(weight, "weight", {u.size(2), 1, 3, 3});
-  check_shape(bias, "bias", {u.size(2)});
-  check_same_precision(u, weight, "weight");
-  check_same_precision(u, bias, "bias");
-}
-
 int64_t grain(int64_t items, int64_t elements) { return items * kGrainElements / (elements + 1); }
 
 Tensor dwconv_glu_forward_cpu(const Tensor& u_in, const Tensor& weight_in, const OptionalTensor& bias_in,
                               int64_t height, int64_t width) {
-  check_arguments(u_in, weight_in, bias_in, height, width);
+  check_dwconv_glu(u_in, weight_in, bias_in, height, width);
   const Tensor u = dense_rows(u_in), weight = dense(weight_in);
   const OptionalTensor bias = dense(bias_in);
   const int64_t B = u.size(0), N = u.size(1), F = u.size(2) / 2;
@@ -37,10 +27,9 @@ Tensor dwconv_glu_forward_cpu(const Tensor& u_in, const Tensor& weight_in, const
 std::tuple<Tensor, Tensor, Tensor> dwconv_glu_backward_cpu(const Tensor& dout_in, const Tensor& u_in,
                                                            const Tensor& weight_in, const OptionalTensor& bias_in,
                                                            int64_t height, int64_t width, bool parameter_grads) {
-  check_arguments(u_in, weight_in, bias_in, height, width);
+  check_dwconv_glu(u_in, weight_in, bias_in, height, width);
+  check_dwconv_glu_gradient(dout_in, u_in);
   const int64_t B = u_in.size(0), N = u_in.size(1), F = u_in.size(2) / 2;
-  check_shape(dout_in, "dout", {B, N, F});
-  check(dout_in.scalar_type() == u_in.scalar_type(), "dout must have the dtype of u");
   const Tensor dout = dense_rows(dout_in), u = dense_rows(u_in), weight = dense(weight_in);
   const OptionalTensor bias = dense(bias_in);
   const ScalarType acc = accumulator_of(u);
