@@ -2,7 +2,7 @@
 # make demo    the same set-up, then the main job: pictures by the embedded mini model, judged and timed, in out/demo
 # make demo-diffusers  a stock diffusers SANA pipeline with the 1600M transformer, and the same one patched (SIZE= STEPS= MODEL=)
 # make check   make test and every other check, with the time of each; PARTS="lint symbols" runs only those
-# make build   recompiles what changed      make kernels  registers, spills and PTX of every CUDA kernel (needs nvcc)
+# make build   recompiles what changed      make kernels  registers, spills, instructions and PTX of every CUDA kernel (needs nvcc)
 # make lint    make format                  make clean    what builds left behind; VENV stays
 PYTHON ?= python3
 VENV ?= .venv

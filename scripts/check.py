@@ -224,10 +224,18 @@ def nvcc_wheels() -> str:
 
 @part
 def kernels() -> str:
-    """make kernels: registers, spills, machine code and PTX of every CUDA kernel"""
+    """make kernels: registers, spills, instructions, machine code and PTX of every CUDA kernel"""
     wheels = next((ROOT / ".venv-nvcc").glob("lib/python*/site-packages/nvidia/cu13"), None)
     here = shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return last_line(run(["make", "kernels"], {"CUDA_HOME": str(wheels)} if wheels and not here else {}), "kernels in")
+    env = {"CUDA_HOME": str(wheels)} if wheels and not here else {}
+    find = "import sys; sys.path.append('scripts'); import check_kernels as k; print(k.find_cuobjdump() or '')"
+    if not run([PYTHON, "-c", find], env).strip():
+        folder = ROOT / ".venv-disassembler"
+        venv(folder, ["triton"])
+        tools = next(folder.glob("lib/python*/site-packages/triton/backends/nvidia/bin"))
+        env["PATH"] = f"{os.environ['PATH']}{os.pathsep}{tools}"
+    output = run(["make", "kernels"], env | {"CI": "true"})
+    return f"{last_line(output, 'kernels in')}; {last_line(output, '^machine code')}"
 
 
 @part

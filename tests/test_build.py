@@ -159,4 +159,78 @@ def test_every_cuda_kernel_has_a_budget():
     for source in check_kernels.KERNELS.glob("*.cu"):
         kernels |= set(re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", source.read_text()))
     assert kernels, "the pattern finds no kernel"
-    assert kernels == set(check_kernels.budgets())
+    assert kernels == {name.split("<")[0] for name in check_kernels.budgets()}
+
+
+def test_budget_of_an_instantiation():
+    limits = {"kernel": 255, "kernel<__*, true>": 168}
+    names = ["kernel", "kernel<float, true>", "kernel<__half, false>", "kernel<__half, true>", "other"]
+    assert [check_kernels.budget(name, limits) for name in names] == [255, 255, 255, 168, None]
+
+
+SASS = f"""\
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,7]
+
+	code for sm_80
+		Function : {MANGLED}
+	.headerflags    @"EF_CUDA_TEXMODE_UNIFIED EF_CUDA_64BIT_ADDRESS EF_CUDA_SM80"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                  /* 0x00000a0000017a02 */
+                                                                           /* 0x000fc40000000f00 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, [R2.64] ;        /* 0x0000000402047981 */
+Fatbin elf code:
+================
+arch = sm_90
+		Function : {MANGLED}
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;    /* 0x0000000402047981 */
+        /*0010*/             @UP1  LDG.E.64 R4, [R2.64] ;                  /* 0x0000000402047981 */
+"""
+
+
+def test_machine_code_is_read():
+    if not shutil.which("c++filt"):
+        pytest.skip("needs c++filt")
+    found = check_kernels.instructions_in(SASS)
+    assert found == {
+        ("other_kernel<32>", "80"): {"MOV", "LDG.E.128.CONSTANT"},
+        ("other_kernel<32>", "90"): {"HMMA.16816.F32.BF16", "LDG.E.64"},
+    }
+    required = {"other_kernel<*>": ["LDG.128", "HMMA", "LDG"], "other_kernel": ["MOV"]}
+    assert check_kernels.missing_instructions(found, required) == (
+        4,
+        [
+            "other_kernel<32> has no HMMA on sm_80",
+            "other_kernel<32> has no LDG.128 on sm_90",
+            "machine code of other_kernel is demanded, but there is no such kernel",
+        ],
+    )
+
+
+def test_headers_demand_machine_code():
+    required = check_kernels.required_instructions()
+    assert "LDG.128" in required["norm_modulate_forward_kernel<*>"]
+    assert all(re.fullmatch(r"[A-Z]+(\.\w+)*", i) for wanted in required.values() for i in wanted)
+
+
+def test_disassembler_is_found(monkeypatch, tmp_path):
+    def tool(folder, name):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_text("#!/bin/sh\n")
+        (tmp_path / folder / name).chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    assert check_kernels.find_cuobjdump() is None
+    tool("path", "cuobjdump")  # alone it disassembles nothing
+    assert check_kernels.find_cuobjdump() is None
+    for folder in ("site/triton/backends/nvidia/bin", "cuda/bin"):
+        for name in ("cuobjdump", "nvdisasm"):
+            tool(folder, name)
+    assert check_kernels.find_cuobjdump() == str(tmp_path / "site/triton/backends/nvidia/bin/cuobjdump")
+    assert check_kernels.find_cuobjdump(str(tmp_path / "cuda/bin/nvcc")) == str(tmp_path / "cuda/bin/cuobjdump")
+    tool("path", "nvdisasm")
+    assert check_kernels.find_cuobjdump() == str(tmp_path / "path/cuobjdump")

@@ -2,6 +2,8 @@
 #pragma once
 #include "../cuda/kernels/primitives.cuh"
 
+// Machine code, checked by `make kernels`: gemm_kernel<*>: HMMA LDSM LDGSTS.128
+
 namespace sana_ext::cuda {
 
 enum class Plant {

@@ -7,7 +7,10 @@
 namespace sana_ext::cuda {
 
 // Register budget, checked by `make kernels`: dwconv_glu_forward_kernel 168, dwconv_glu_backward_kernel 255
-// Register budget, checked by `make kernels`: dwconv_glu_sum_kernel 40
+// Register budget, checked by `make kernels`: dwconv_glu_backward_kernel<__*, true, true> 168, dwconv_glu_sum_kernel 40
+// Machine code, checked by `make kernels`: dwconv_glu_forward_kernel<*, true>: LDGSTS.128
+// Machine code, checked by `make kernels`: dwconv_glu_backward_kernel<*, true, *>: LDGSTS.128 LDS.128 STS.128
+// Machine code, checked by `make kernels`: dwconv_glu_*_kernel<__nv_bfloat16, *>: MUFU.TANH
 
 // How an image is cut into blocks of threads: groups of channels (the same ones of both halves), tiles of columns and
 // strips of rows. A function of the shape alone, and so are the results.

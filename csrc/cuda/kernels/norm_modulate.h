@@ -10,6 +10,8 @@ namespace sana_ext::cuda {
 // Register budget, checked by `make kernels`: norm_modulate_forward_kernel 128, norm_modulate_forward_generic_kernel 48
 // Register budget, checked by `make kernels`: norm_modulate_backward_kernel 96, sum_partials_kernel 40
 // Register budget, checked by `make kernels`: norm_modulate_backward_generic_kernel 80
+// Machine code, checked by `make kernels`: norm_modulate_forward_kernel<*>: LDG.128 STG.128
+// Machine code, checked by `make kernels`: norm_modulate_backward_kernel<*>: LDG.128 STG.128
 
 // Rows of up to kNormModulateTunedChannels channels, a multiple of 8, with every pointer and row a multiple of 16
 // bytes, take the tuned kernels; other rows the generic ones.
