@@ -6,9 +6,9 @@
 //   3. row r - 1 is complete: gate, store.
 // SiLU is taken again for the columns beside a run and for the rows beside a strip. That is a quarter more of it than
 // needed and still cheaper than a ring of silu(u): three instructions per element against five for a way through shared
-// memory and one more barrier. Bytes: u once (but for the halo), out once. Per output about 36 instructions, 18 of them
-// the taps' FMAs. Generic, for rows that 16-byte copies do not reach: the same with a ring of fp32, filled through
-// registers.
+// memory and one more barrier. Bytes: u once (but for the halo), out once. Per output 42 instructions (bf16, sm_90), 18
+// of them the taps' FMAs. Generic, for rows that 16-byte copies do not reach: the same with a ring of fp32, filled
+// through registers.
 #include "depthwise.cuh"
 
 namespace sana_ext::cuda {

@@ -7,8 +7,8 @@
 //   3. row r of s is added into c of rows r - 1, r and r + 1; c of row r - 1 is complete: its gate gives dc.
 // The sums c, ds, dweight and dbias stay in registers. s and silu'(u) of three rows wait in shared memory, where the
 // thread that wrote them reads them back. Where an image has several tiles, the outer warps also compute dc of the
-// column beside the tile. Bytes: u and dout once (but for the halo), du once. Per element of dout about 110
-// instructions, 54 of them FMAs of the three stencils.
+// column beside the tile. Bytes: u and dout once (but for the halo), du once. Per element of dout about 127
+// instructions (bf16, sm_90), 54 of them FMAs of the three stencils: their issue, not memory, bounds this kernel.
 #include "depthwise.cuh"
 
 namespace sana_ext::cuda {
