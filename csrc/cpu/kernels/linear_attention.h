@@ -5,7 +5,7 @@
 // Tokens are cut into chunks, which depend on sizes only; each chunk sums its own states, and linear_attention_sum adds
 // them up in order. An accumulator (A in the comments) is fp64 if the rows are, else fp32.
 #pragma once
-#include "../../common/dtype.h"
+#include "../../common/rows.h"
 #include "isa.h"
 
 namespace sana_ext::cpu {
@@ -18,13 +18,6 @@ struct LinearAttentionSize {
   int64_t P;      // D rounded up
   int64_t chunk;  // tokens of one partial sum, a multiple of kLinearAttentionBlock
   bool fp64;      // accumulator type
-};
-
-// A [B, N, H, D] tensor whose last dimension is dense.
-template <class Pointer>
-struct LinearAttentionRows {
-  Pointer p;
-  int64_t stride_b, stride_n, stride_h;
 };
 
 // partial = state of each chunk; rstd_k = 1 / sqrt(mean(k^2) + norm_eps).
