@@ -64,6 +64,15 @@ template <class T>
 uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
+// max(x, 0) of both elements; a NaN stays one.
+template <class T>
+uint32_t relu2(uint32_t word) {
+  const auto relu = [](uint16_t bits) {
+    const float v = to_float(T{bits});
+    return v > 0.0f || v != v ? bits : uint16_t{0};
+  };
+  return relu(static_cast<uint16_t>(word)) | static_cast<uint32_t>(relu(static_cast<uint16_t>(word >> 16))) << 16;
+}
 
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 

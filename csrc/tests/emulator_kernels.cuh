@@ -163,7 +163,7 @@ struct WarpArgs {
   uint32_t* out;           // [32, kWarpResults]
 };
 
-constexpr int kWarpResults = 29;
+constexpr int kWarpResults = 31;
 
 // Everything that lanes can tell each other. One block of 64 threads; the second warp goes through a named barrier.
 template <Plant kPlant>
@@ -209,6 +209,9 @@ __global__ void __launch_bounds__(64) warp_kernel(WarpArgs a) {
   r[k++] = load_shared4(rows + lane * 8 + 2);
   const float x = static_cast<float>(lane) - 15.5f;
   r[k++] = float_bits(tanh_approx(x)), r[k++] = float_bits(exp2_approx(x)), r[k++] = float_bits(reciprocal_approx(x));
+  const float whole = static_cast<float>(lane) - 4.0f, not_a_number = bits_float(0x7fc00000u);
+  r[k++] = relu2<BFloat16>(pack<BFloat16>(whole, -whole));
+  r[k++] = relu2<Half>(pack<Half>(not_a_number, whole));
   for (int i = 0; i < kWarpResults; ++i) store_global(a.out + lane * kWarpResults + i, r[i]);
 }
 

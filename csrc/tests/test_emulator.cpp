@@ -110,6 +110,11 @@ void warp() {
     const double x = lane - 15.5;
     for (const auto& [value, error] : {std::pair{std::tanh(x), 0x1p-11}, {std::exp2(x), 0x1p-21}, {1 / x, 0x1p-21}})
       CHECK_CLOSE(bits_float(r[k++]), value, std::abs(value) * error);
+    const float whole = static_cast<float>(lane) - 4.0f, positive = whole > 0 ? whole : 0,
+                negative = whole < 0 ? -whole : 0;
+    CHECK(r[k++] == (float_to_bfloat16(positive) | static_cast<uint32_t>(float_to_bfloat16(negative)) << 16));
+    CHECK(std::isnan(half_to_float(static_cast<uint16_t>(r[k]))));
+    CHECK(r[k++] >> 16 == float_to_half(positive));
     CHECK(k == kWarpResults);
   }
 }

@@ -75,12 +75,33 @@ template <class T>
 __device__ inline uint32_t pack(float low, float high);
 template <>
 __device__ inline uint32_t pack<BFloat16>(float low, float high) {
-  return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
-         static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
 }
 template <>
 __device__ inline uint32_t pack<Half>(float low, float high) {
-  return __half_as_ushort(__float2half_rn(low)) | static_cast<uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16;
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+// max(x, 0) of both elements; a NaN stays one.
+template <class T>
+__device__ inline uint32_t relu2(uint32_t word);
+template <>
+__device__ inline uint32_t relu2<BFloat16>(uint32_t word) {
+  uint32_t result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(0));
+  return result;
+}
+template <>
+__device__ inline uint32_t relu2<Half>(uint32_t word) {
+  uint32_t result;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(0));
+  return result;
 }
 
 // One instruction of the special function unit each: a relative error of at most 2^-11, and of about 2^-22.
