@@ -125,6 +125,11 @@ def _linear_attention(sizes: dict[str, int]) -> tuple[str, str]:
     return _by_size(sizes, "D", lambda d: d == 32, "a head dimension of 32 is fixed at compile time")
 
 
+def _linear_attention_cuda(sizes: dict[str, int]) -> tuple[str, str]:
+    rule = "aligned 16-bit rows with a head dimension of 32 go to the tensor cores"
+    return _by_size(sizes, "D", lambda d: d == 32, rule)
+
+
 def _linear(sizes: dict[str, int]) -> tuple[str, str]:
     """Two ways, both meant; which one depends on the number of rows M."""
     if "M" not in sizes:
@@ -146,6 +151,8 @@ PATHS: dict[tuple[str, str], Callable[[dict[str, int]], tuple[str, str]]] = {
     ("dwconv_glu", "cuda"): _dwconv_glu_cuda,
     ("linear_attention", "cpu"): _linear_attention,
     ("linear_attention_qkv", "cpu"): _linear_attention,
+    ("linear_attention", "cuda"): _linear_attention_cuda,
+    ("linear_attention_qkv", "cuda"): _linear_attention_cuda,
     ("linear", "cpu"): _linear,
 }
 

@@ -102,7 +102,7 @@ def op_tests() -> list[str]:
     return [f"tests/test_{stem}.py" for stem in stems if (ROOT / f"tests/test_{stem}.py").exists()]
 
 
-def pytest(python: str | Path, env: dict[str, str], *args: str) -> str:
+def pytest(python: str | Path, env: dict[str, str], *args: str | Path) -> str:
     return last_line(run([python, "-m", "pytest", *args], env), r"\d+ (passed|failed)")
 
 
@@ -183,7 +183,8 @@ def emulator() -> str:
     """the op tests of every family with CUDA kernels, answered by those kernels under the emulator"""
     run([PYTHON, "setup.py", "-q", "build_ext", "--inplace"], {"SANA_EXT_BUILD": "emulator"})
     stems = [p.stem for p in sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
-    return pytest(PYTHON, {"SANA_EXT_EMULATOR": "1"}, *(f"tests/test_{stem}.py" for stem in ["emulator", *stems]))
+    tests = [test for stem in ["emulator", *stems] for test in sorted((ROOT / "tests").glob(f"test_{stem}*.py"))]
+    return pytest(PYTHON, {"SANA_EXT_EMULATOR": "1"}, *tests)
 
 
 @part

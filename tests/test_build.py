@@ -157,7 +157,7 @@ def test_ptxas_report_is_read():
 def test_every_cuda_kernel_has_a_budget():
     kernels = set()
     for source in check_kernels.KERNELS.glob("*.cu"):
-        kernels |= set(re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", source.read_text()))
+        kernels |= set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", source.read_text()))
     assert kernels, "the pattern finds no kernel"
     assert kernels == {name.split("<")[0] for name in check_kernels.budgets()}
 

@@ -64,6 +64,14 @@ def test_cuda_path_depends_on_the_size(monkeypatch):
     assert of(C=2312).path == of(C=2241).path == "generic"
 
 
+def test_cuda_path_of_linear_attention(monkeypatch):
+    monkeypatch.setattr(_extension, "has_kernel", lambda op, device: device == "cuda" and op.startswith("linear_att"))
+    for op in ("linear_attention", "linear_attention_qkv"):
+        of = lambda **sizes: sana_ext.kernel_info(op, **sizes)[1]  # noqa: B023, E731
+        assert (of().forward, of().backward, of().path) == ("compiled", "compiled", "by D")
+        assert (of(D=32).path, of(D=64).path) == ("tuned", "generic")
+
+
 def test_composed_op_names_its_parts():
     assert "linear and dwconv_glu" in sana_ext.kernel_info("glumbconv")[0].why
 

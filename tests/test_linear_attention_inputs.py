@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, EPS32, rand
+from helpers import DTYPES, EMULATED, EPS32, WIDEST, rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear_attention import NORMS, compiled_only, functions, maker, packed
@@ -61,13 +61,13 @@ def test_bad_packed_input(change, error, match):
 @compiled_only
 def test_kernels_check_their_arguments():
     """A direct call of the ops, past the public functions, must not read outside a tensor either."""
-    ops, v = torch.ops.sana_ext, example()
-    q, k, x, wq, wk = v.values()
-    out, state, rstd_q, rstd_k = ops.linear_attention_forward(q, k, x, wq, wk, 1e-5, 1e-15)
+    ops = torch.ops.sana_ext
+    q, k, x, wq, wk = (v.to(WIDEST) for v in example().values())
+    out, state, rstd_q, rstd_k = ops.linear_attention_forward(q, k, x, wq, wk, 1e-5, 1e-8)
     for args in [
         (q, k[:, 1:], x, wq, wk),
         (q, k, x, wq[1:], wk),
-        (q, k, x.float(), wq, wk),
+        (q, k, x.long() if EMULATED else x.float(), wq, wk),
         (q[0], k[0], x[0], wq, wk),
     ]:
         with pytest.raises((RuntimeError, ValueError)):
@@ -77,7 +77,7 @@ def test_kernels_check_their_arguments():
         bad = list(good)
         bad[i] = bad[i][..., 1:]
         with pytest.raises((RuntimeError, ValueError)):
-            ops.linear_attention_backward(*bad, 1e-15)
+            ops.linear_attention_backward(*bad, 1e-8)
 
 
 sizes = st.integers(0, 40)
@@ -124,7 +124,7 @@ def test_any_shape_matches_or_is_refused(shape, dtype, norms, eps, cut, axis, od
 @settings(max_examples=60, deadline=None)
 @given(channels=st.integers(0, 60), heads=st.integers(-1, 9), tokens=st.integers(0, 5))
 def test_any_packed_shape_matches_or_is_refused(channels, heads, tokens):
-    qkv = rand(2, 2, tokens, channels)
+    qkv = rand(2, 2, tokens, channels).to(WIDEST)
     if tokens and channels and heads > 0 and channels % (3 * heads) == 0:
         torch.testing.assert_close(
             sana_ext.linear_attention_qkv(qkv, heads), reference.linear_attention_qkv(qkv, heads)
