@@ -118,7 +118,7 @@ def fused_forward(
 
     # Cross-attention, then the second norm: one pass where both are fused
     if text is not None and _serves(text, mask, x) and not plan.attn2:
-        y = _cross_attention(attn2, x, text, mask, operand, block.__dict__.get(text_cache.ATTRIBUTE))
+        y = _cross_attention(block, x, text, mask, operand)
     else:
         y = attn2(x, encoder_hidden_states=text, attention_mask=mask)
     x = _promoted(x, y)
@@ -203,13 +203,11 @@ def _serves(text: torch.Tensor, mask: torch.Tensor | None, x: torch.Tensor) -> b
 
 
 def _cross_attention(
-    attn: Any,
-    x: torch.Tensor,
-    text: torch.Tensor,
-    mask: torch.Tensor | None,
-    operand: guards.Operand,
-    cache: text_cache.TextCache | None,
+    block: Any, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, operand: guards.Operand
 ) -> torch.Tensor:
+    attn = guards.child(block, "attn2")
+    cache: text_cache.TextCache | None = block.__dict__.get(text_cache.ATTRIBUTE)
+
     def keys_and_values() -> text_cache.Pair:
         k, v = (_linear(attn, name, text, operand) for name in ("to_k", "to_v"))
         norm_k = guards.child(attn, "norm_k")
@@ -222,7 +220,7 @@ def _cross_attention(
     if cache is None or torch.compiler.is_compiling():
         k, v = keys_and_values()
     else:
-        k, v = cache.keys_and_values(attn, keys_and_values, operand)
+        k, v = cache.keys_and_values(block, keys_and_values, operand)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))  # [B, N | M, H, D]
     y = _output(attn, cross_attention(q, k, v, mask).flatten(2).to(q.dtype), operand)
     return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor

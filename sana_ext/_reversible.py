@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 #: Instance attributes of a patched object that no pickle holds.
-TRANSIENT = ("_sana_ext_text_cache",)
+TRANSIENT = ("_sana_ext_text_cache", "_sana_ext_step_graphs")
 
 
 class Reversible:

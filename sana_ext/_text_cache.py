@@ -3,8 +3,9 @@
 Sampling calls the transformer once per step with the same text; the projections of the text are 12 GFLOP per block at
 batch 2 (SANA-1.5 1600M). The cache belongs to the transformer. It holds for one text tensor: the object and its
 version, which every edit in place raises; and for the parameters that made the keys and values: objects, versions and
-addresses. Modules that could hide a changing weight (LoRA, hooks, quantisation) are never served from it, and any
-change of a module tree drops it, because adapters are merged into weights through ``.data``, which raises no version.
+storages. Modules that could hide a changing weight (LoRA, hooks, parametrizations, quantisation) are never served from
+it. Three things that raise no version drop it: a change of a module tree (adapters are merged through ``.data``), a
+step of an optimizer (fused ones write past autograd) and a forward with gradients, after which training may go on.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _guards as guards
-from ._reversible import TRANSIENT, Reversible
 
-(ATTRIBUTE,) = TRANSIENT
+ATTRIBUTE = "_sana_ext_text_cache"  # of the transformer and its fused blocks
 TEXTS = 2  # kept at once: guidance that calls the model apart for the two prompts alternates between them
 _epoch = [0]
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values [B, M, C]
-Stamp = tuple[tuple[torch.Tensor, int, int], ...]
+Stamp = tuple[tuple[Any, ...], ...]
 
 
 class TextCache:
     """Keys and values of the last `TEXTS` texts, for every block of one transformer. Copies start empty."""
 
     def __init__(self) -> None:
-        _watch_modules()
+        _watch()
         self.hits = self.misses = 0
-        self._texts: list[_Text] = []
+        self._texts: list[Text] = []
         self._current = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextCache:
@@ -45,18 +47,25 @@ class TextCache:
         return twin
 
     @contextmanager
-    def step(self, model: Any, text: Any) -> Iterator[None]:
+    def step(self, model: Any, text: Any, batch: int) -> Iterator[None]:
         """While it is open, the model's blocks find the keys and values of `text`, the model's own argument."""
-        self._current.text = self._find(model, text)
+        self._current.text = self._find(model, text, batch)
         try:
             yield
         finally:
             self._current.text = None
 
-    def keys_and_values(self, attn: Any, project: Callable[[], Pair], operand: guards.Operand) -> Pair:
+    def clear(self) -> None:
+        self._texts = []
+
+    def keys_and_values(self, block: Any, project: Callable[[], Pair], operand: guards.Operand) -> Pair:
         """project(), or what it returned for the same text and parameters."""
+        attn = guards.child(block, "attn2")
+        fixed = getattr(self._current, "fixed", None)
+        if fixed is not None:
+            return fixed[attn]
         text = getattr(self._current, "text", None)
-        stamp = None if text is None else _layers_stamp(attn, operand)
+        stamp = None if text is None else _layers_stamp(block, operand)
         if text is None or stamp is None:
             return project()
         found = text.pairs.get(attn)
@@ -66,79 +75,112 @@ class TextCache:
         self.misses += 1
         pair = project()
         text.pairs[attn] = stamp, pair
+        text.revision = object()
         return pair
 
-    def _find(self, model: Any, text: Any) -> _Text | None:
+    @contextmanager
+    def fixed(self, pairs: dict[Any, Pair]) -> Iterator[None]:
+        """While it is open, the blocks take these keys and values, whatever the text."""
+        self._current.fixed = pairs
+        try:
+            yield
+        finally:
+            self._current.fixed = None
+
+    def complete(self, model: Any, source: Any, batch: int) -> Text | None:
+        """The entry of a text whose keys and values are there and right for every block, or None."""
+        text = self._find(model, source, batch)
+        blocks = [m for m in model.modules() if m is not model and m.__dict__.get(ATTRIBUTE) is self]
+        if text is None or not blocks:
+            return None
+        for block in blocks:
+            attn = guards.child(block, "attn2")
+            stamp = _layers_stamp(block)
+            if stamp is None or attn not in text.pairs or not _same(text.pairs[attn][0], stamp):
+                return None
+        return text
+
+    def _find(self, model: Any, text: Any, batch: int) -> Text | None:
         if type(text) is not torch.Tensor or text.is_inference():  # an inference tensor has no version
             return None
         stamp = _caption_stamp(model)
         if stamp is None:
             return None
-        state = (text._version, _epoch[0], _autocast(text.device.type))
-        self._texts = [t for t in self._texts if t.source() is not None]
-        for known in self._texts:
-            if known.source() is text:
-                if known.state == state and _same(known.stamp, stamp):
-                    return known
-                self._texts.remove(known)
-                break
-        made = _Text(weakref.ref(text, self._forget), state, stamp)
-        self._texts = [*self._texts, made][-TEXTS:]
+        state = (_place(text), text.shape, text.dtype, batch, _epoch[0], _autocast(text.device.type))
+        alive = [t for t in self._texts if t.source() is not None]
+        for known in alive:
+            if known.source() is text and known.state == state and _same(known.stamp, stamp):
+                self._texts = alive
+                return known
+        made = Text(weakref.ref(text, self._forget), state, stamp)
+        self._texts = [*(t for t in alive if t.source() is not text), made][-TEXTS:]
         return made
 
     def _forget(self, source: Any) -> None:
         self._texts = [t for t in self._texts if t.source is not source]
 
 
-class _Text:
+class Text:
     def __init__(self, source: weakref.ref[torch.Tensor], state: Any, stamp: Stamp) -> None:
         self.source, self.state, self.stamp = source, state, stamp
         self.pairs: dict[Any, tuple[Stamp, Pair]] = {}
-
-
-class CachedModel(Reversible):
-    """Mixed into the transformer's class in front of the stock class; opens the cache around a forward."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(type(self), "_sana_ext_stock"):  # unpatched while a hook still holds this function
-            return type(self).forward(self, *args, **kwargs)
-        cache = self.__dict__.get(ATTRIBUTE)
-        if cache is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        with cache.step(self, text):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        self.revision = object()  # another one whenever a pair changes
 
 
 def _caption_stamp(model: Any) -> Stamp | None:
     """The modules between the model's text and its blocks, if all are plain."""
     modules = [m for name in ("caption_projection", "caption_norm") for m in guards.child(model, name).modules()]
-    return _stamp(modules) if all(_plain(m) for m in modules) else None
+    return _stamp(modules) if all(plain(m) for m in modules) else None
 
 
-def _layers_stamp(attn: Any, operand: guards.Operand) -> Stamp | None:
+def serves(block: Any) -> bool:
+    """Whether the cache can serve the block as it stands."""
+    return _layers_stamp(block) is not None
+
+
+def _layers_stamp(block: Any, operand: guards.Operand | None = None) -> Stamp | None:
+    """The layers that make a block's keys and values, unless something intercepts them or the block's arguments."""
+    attn = guards.child(block, "attn2")
     layers = [guards.child(attn, name) for name in ("to_k", "to_v")]
+    weight = guards.parameter(layers[0], "weight")
+    if guards.module_reason(block, type(block)) or not isinstance(weight, torch.Tensor):
+        return None
+    operand = operand or guards.Operand(weight.device, weight.dtype, None)
     if any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers):
         return None
     norm = guards.child(attn, "norm_k")
     if norm is not None:
-        if not _plain(norm):
+        if not plain(norm):
             return None
         layers.append(norm)
     return _stamp(layers)
 
 
-def _plain(module: Any) -> bool:
-    """A module of torch or diffusers that nothing intercepts."""
+def plain(module: Any, packages: tuple[str, ...] = ("torch.nn.modules", "diffusers")) -> bool:
+    """A module of these packages that nothing intercepts."""
     cls = type(module)
-    return cls.__module__.split(".")[0] in ("torch", "diffusers") and guards.module_reason(module, cls) is None
+    return cls.__module__.startswith(packages) and guards.module_reason(module, cls) is None
 
 
 def _stamp(modules: Iterable[Any]) -> Stamp | None:
-    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
-    if any(p.is_inference() for p in parameters):
-        return None
-    return tuple((p, p._version, p.data_ptr()) for p in parameters)
+    stamp: list[tuple[Any, ...]] = []
+    for module in modules:
+        state = module.__dict__
+        if state.get("weight") is not None or state.get("bias") is not None:
+            return None  # a wrapper (FSDP, DataParallel) put a tensor of its own in place of the parameter
+        stamp.append((module, state.get("eps")))
+        for p in module._parameters.values():
+            if p is None:
+                continue
+            if type(p) is not nn.Parameter or p.is_inference():
+                return None
+            stamp.append((p, *_place(p)))
+    return tuple(stamp)
+
+
+def _place(t: torch.Tensor) -> tuple[Any, ...]:
+    """Changes with every edit in place and every new storage; the weak reference keeps its address from being reused."""
+    return t._version, StorageWeakRef(t.untyped_storage()), t.storage_offset()
 
 
 def _same(a: Stamp, b: Stamp) -> bool:
@@ -150,10 +192,11 @@ def _autocast(device: str) -> torch.dtype | None:
 
 
 @functools.cache
-def _watch_modules() -> None:
-    """Counts every registration of a submodule anywhere: adapters come, merge themselves into weights, and go."""
+def _watch() -> None:
+    """Counts every registration of a submodule and every step of an optimizer, anywhere."""
 
     def count(*_: Any) -> None:
         _epoch[0] += 1
 
     register_module_module_registration_hook(count)
+    register_optimizer_step_post_hook(count)

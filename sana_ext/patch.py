@@ -15,34 +15,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _extension
+from . import _cuda_graph, _extension
 from . import _guards as guards
 from ._block import FusedBlock, fused_forward, names_of
-from ._text_cache import ATTRIBUTE, CachedModel, TextCache
+from ._model import keep, release
 
 BLOCK = ("diffusers.models.transformers.sana_transformer", "SanaTransformerBlock")
 TRANSFORMER = ("diffusers.models.transformers.sana_transformer", "SanaTransformer2DModel")
-CACHE = "text cache"  # its name in Report.skipped
 COMPONENTS = ("transformer", "controlnet")
 
 
 @dataclass
 class Report:
-    """What `patch` did: `replaced`, the names of the blocks on the fused path; `cached`, the transformers that keep
-    their text's keys and values; and `skipped`, name -> reason.
+    """What `patch` did: `replaced`, the names of the blocks on the fused path; `kept`, the transformers whose
+    text or whole step is kept from one denoising step to the next; and `skipped`, name -> reason.
 
     A name in `skipped` is a block that keeps diffusers' code, or a part of a replaced block (its attention, its FFN,
     one of its layers) that is called as the module it is while the rest of the block is fused.
     """
 
     replaced: list[str] = field(default_factory=list)
-    cached: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     blocks: int = 0
 
     def __str__(self) -> str:
         lines = [f"sana_ext.patch: {len(self.replaced)} of {self.blocks} blocks replaced"]
-        lines += [f"  {name}: keeps its text's keys and values" for name in self.cached]
+        lines += [f"  kept between denoising steps: {what}" for what in self.kept]
         grouped: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             grouped.setdefault(reason, []).append(name or "model")
@@ -68,9 +67,12 @@ def patch(model_or_pipeline: Any, *, cuda_graph: bool = False, cache_text: bool 
         cache_text: keep the text's keys and values from one denoising step to the next, for the last two texts: 107 MB
             each for SANA-1.5 1600M in bf16 with guidance. Used without gradients, outside torch.compile and
             torch.inference_mode, while text and weights stay the same tensors, unedited; blocks with an adapter on
-            these projections do without. An edit in place through ``weight.data`` cannot be seen: call patch again
-            after it, which starts an empty cache. The option is that of the last call of patch.
-        cuda_graph: not available in this version; only False is accepted.
+            these projections do without. A step of an optimizer or a forward with gradients empties the cache. What
+            writes through ``weight.data`` (diffusers' ``EMAModel.copy_to``) cannot be seen: call patch again after it,
+            which starts an empty cache. The option is that of the last call of patch.
+        cuda_graph: run a whole denoising step of a CUDA model as one CUDA graph, captured on the first call of each form
+            (shapes, plain arguments; four are kept). Calls that a graph cannot serve run as without it: gradients,
+            autocast, hooks, adapters, offloading, foreign modules. Not yet run on a GPU.
 
     Returns:
         A `Report`. ``print(report)`` says what was replaced and, for the rest, why not.
@@ -86,12 +88,11 @@ def patch(model_or_pipeline: Any, *, cuda_graph: bool = False, cache_text: bool 
         if not isinstance(value, bool):
             raise TypeError(f"sana_ext.patch: {name} must be True or False, got {value!r}")
     if cuda_graph:
-        devices = {str(p.device) for _, model in models for p in model.parameters()}
-        where = ", ".join(sorted(devices))
-        raise ValueError(
-            "sana_ext.patch: cuda_graph=True is not available in this version, and needs a CUDA model; "
-            f"this one is on {where}"
-        )
+        devices = {p.device.type for _, model in models for p in model.parameters()}
+        if devices != {_cuda_graph.DEVICE}:
+            raise ValueError(
+                f"sana_ext.patch: cuda_graph=True needs a model on {_cuda_graph.DEVICE}, this one is on {', '.join(sorted(devices))}"
+            )
     guards.find_kernels()
     report = Report()
     for prefix, model in models:
@@ -100,13 +101,7 @@ def patch(model_or_pipeline: Any, *, cuda_graph: bool = False, cache_text: bool 
             if stock is not None:
                 report.blocks += 1
                 _patch_block(name, module, stock, report)
-        for module in model.modules():
-            _uncache(module)
-        for name, module in model.named_modules(prefix=prefix):
-            if cache_text and _class_of(type(module), TRANSFORMER) is not None:
-                _cache(name, module, report)
-    if cache_text and not report.cached and not any(name.endswith(CACHE) for name in report.skipped):
-        report.skipped[CACHE] = f"no {TRANSFORMER[1]} of diffusers in {type(model_or_pipeline).__name__}"
+        _keep(prefix, model, report, text=cache_text, step=cuda_graph)
     if not report.blocks:
         report.skipped[""] = f"no {BLOCK[1]} of diffusers in {type(model_or_pipeline).__name__}"
     return report
@@ -138,7 +133,7 @@ def unpatch(model_or_pipeline: Any) -> int:
             module.__class__ = module._sana_ext_stock
             restored += 1
         for module in model.modules():
-            _uncache(module)
+            release(module)
     return restored
 
 
@@ -160,33 +155,22 @@ def _class_of(cls: type, names: tuple[str, str]) -> type | None:
     return next((c for c in reversed(cls.__mro__) if (c.__module__, c.__name__) == names), None)
 
 
-def _cache(name: str, model: Any, report: Report) -> None:
-    stock: Any = _class_of(type(model), TRANSFORMER)
-    cls: Any = type(model)
-    if "forward" in vars(model):
-        report.skipped[f"{name} {CACHE}".strip()] = (
-            "its forward was replaced on the instance; patch before adding hooks"
-        )
-    elif cls.forward is not stock.forward:
-        report.skipped[f"{name} {CACHE}".strip()] = f"{cls.__name__} overrides forward"
-    else:
-        cache = TextCache()
-        model.__class__ = _cached_class(cls)
-        for module in (model, *(m for m in model.modules() if isinstance(m, FusedBlock))):
-            module.__dict__[ATTRIBUTE] = cache
-        report.cached.append(name or cls.__name__)
-
-
-def _uncache(module: Any) -> None:
-    module.__dict__.pop(ATTRIBUTE, None)
-    if isinstance(module, CachedModel) and "_sana_ext_stock" in vars(type(module)):
-        module.__class__ = module._sana_ext_stock
-
-
-@functools.cache
-def _cached_class(cls: Any) -> type:
-    """cls with the cache in front; name and module stay: diffusers writes both into a pipeline's index."""
-    return type(cls.__name__, (CachedModel, cls), {"_sana_ext_stock": cls, "__module__": cls.__module__})
+def _keep(prefix: str, model: nn.Module, report: Report, *, text: bool, step: bool) -> None:
+    """Gives every transformer of diffusers in the model what is wanted, after taking what an earlier call gave."""
+    for module in model.modules():
+        release(module)
+    if not (text or step):
+        return
+    transformers = [(n, m) for n, m in model.named_modules(prefix=prefix) if _class_of(type(m), TRANSFORMER)]
+    for name, module in transformers:
+        reason = keep(module, _class_of(type(module), TRANSFORMER), text, step)
+        if reason:
+            report.skipped[f"{name} (text or step kept)".strip()] = reason
+            continue
+        label = name or type(module).__name__
+        report.kept += [f"{what} of {label}" for what, given in (("text", text), ("step", step)) if given]
+    if not transformers:
+        report.skipped[f"{prefix} (text or step kept)".strip()] = f"no {TRANSFORMER[1]} of diffusers here"
 
 
 def _patch_block(name: str, block: nn.Module, stock: type, report: Report) -> None:

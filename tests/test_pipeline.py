@@ -75,10 +75,25 @@ def test_a_folder_brings_its_guidance(pipe, tmp_path):
     given = {"steps": 2, "seed": 1}
     assert np.array_equal(pixels(own("a red circle", **given)), pixels(own("a red circle", guidance=2.0, **given)))
     assert not np.array_equal(pixels(own("a red circle", **given)), pixels(own("a red circle", guidance=8.0, **given)))
-    for wrong in ('"2"', "true", "NaN", "null"):
+    for wrong in ("[0]", "[0.5, 0.2]", "[0, 2]", "0.5", '["0", 1]'):
+        (folder / "sana15.json").write_text(f'{{"guidance_interval": {wrong}}}')
+        with pytest.raises(DataError, match="guidance_interval must be two numbers"):
+            Pipeline.from_pretrained(folder)
+    (folder / "sana15.json").write_text('{"guidance": 8, "guidance_interval": [0, 0.5]}')
+    own = Pipeline.from_pretrained(folder)
+    expected = pixels(own("a red circle", guidance=8.0, guidance_interval=(0.0, 0.5), **given))
+    assert np.array_equal(pixels(own("a red circle", **given)), expected)
+    assert not np.array_equal(pixels(own("a red circle", guidance_interval=(0.0, 1.0), **given)), expected)
+    for wrong in ('"2"', "true", "NaN", "null", "1" + 400 * "0"):
         (folder / "sana15.json").write_text(f'{{"guidance": {wrong}}}')
         with pytest.raises(DataError, match="guidance must be a finite number"):
             Pipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("wrong", ["2", True, float("nan"), 10**400])
+def test_guidance_must_be_a_number(wrong):
+    with pytest.raises(ValueError, match="guidance must be a finite number"):
+        Sampling(guidance=wrong)
 
 
 def test_negative_prompt_takes_the_place_of_the_empty_one(pipe):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 
@@ -11,10 +12,12 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from diffusers_models import inputs, run, transformer
 from peft import LoraConfig
+from torch.nn.utils.parametrize import register_parametrization
 
 import sana_ext
 from sana_ext._text_cache import ATTRIBUTE
 
+KEPT = "(text or step kept)"  # in Report.skipped
 BLOCKS = 2  # of diffusers_models.SMALL
 LORA = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
 
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread")
 def model():
     model = transformer()
     edit(model)  # versions above 0
-    assert sana_ext.patch(model, cache_text=True).cached == ["SanaTransformer2DModel"]
+    assert sana_ext.patch(model, cache_text=True).kept == ["text of SanaTransformer2DModel"]
     return model
 
 
@@ -81,6 +84,32 @@ def test_text_edited_in_place(model, given):
     given["encoder_hidden_states"][0, 0] += 1
     assert_right(model, given)
     assert not torch.equal(step(model, given), before)
+
+
+def test_text_gets_other_data(model, given):
+    step(model, given)
+    given["encoder_hidden_states"].data = torch.randn_like(given["encoder_hidden_states"])
+    assert_right(model, given)
+
+
+def test_one_text_for_other_batches(model, given):
+    """diffusers takes [2, 6, C] for one image as [1, 12, C]."""
+    del given["encoder_attention_mask"]
+    step(model, given)
+    one = given | {"hidden_states": given["hidden_states"][:1], "timestep": given["timestep"][:1]}
+    twin = copy.deepcopy(model)
+    sana_ext.patch(twin)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(**one).sample, twin(**one).sample)
+
+
+def test_functional_transforms(model, given):
+    step(model, given)
+    with torch.no_grad():
+        weights = {n: p.detach()[None] for n, p in model.named_parameters()}
+        call = torch.func.vmap(lambda w: torch.func.functional_call(model, w, (), given).sample)
+        torch.testing.assert_close(call(weights)[0], truth(model, given))
 
 
 def test_two_prompts_alternate(model, given):
@@ -143,6 +172,67 @@ def edit_caption_norm(model):
         model.caption_norm.weight.mul_(-1)
 
 
+def edit_norm(model):
+    with torch.no_grad():
+        model.transformer_blocks[0].attn2.norm_k.weight.mul_(-1)
+
+
+def eps_of_norm(model):
+    model.transformer_blocks[0].attn2.norm_k.eps = 1.0
+
+
+def hook_on_norm(model):
+    model.transformer_blocks[0].attn2.norm_k.register_forward_hook(lambda module, args, out: out * 2)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def parametrize(model):
+    """A weight of a foreign class of module that changes while the cache looks at its original."""
+    register_parametrization(model.transformer_blocks[0].attn2.norm_k, "weight", Twice())
+    register_parametrization(model.transformer_blocks[1].attn2.to_v, "weight", Twice())
+
+
+def hook_on_block(model):
+    def louder(block, args):
+        return (*args[:2], args[2] * 3, *args[3:])
+
+    model.transformer_blocks[0].register_forward_pre_hook(louder)
+
+
+def new_storage(model):
+    """The old memory is free for others before the new weight is made."""
+    for block in model.transformer_blocks:
+        weight = block.attn2.to_v.weight
+        values, weight.data = weight.data * 2, torch.empty(0)
+        weight.data = values.clone()
+
+
+def fused_optimizer(model):
+    """Writes past autograd: no version changes."""
+    weight = model.transformer_blocks[0].attn2.to_v.weight
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+
+
+def average(model):
+    """As an average of weights is put in between training and validation."""
+    model(**inputs(model))
+    for p in model.parameters():
+        p.data.copy_(p.data * 1.1)
+
+
+def plain_tensors(model):
+    """As FSDP and DataParallel leave them."""
+    for block in model.transformer_blocks:
+        for layer in (block.attn2.to_k, block.attn2.to_v):
+            layer.__dict__["weight"] = layer._parameters.pop("weight").data * 2
+            layer.__dict__["bias"] = layer._parameters.pop("bias").data
+
+
 def load(model):
     model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()})
 
@@ -184,6 +274,15 @@ CHANGES = [
     edit_bias,
     edit_caption,
     edit_caption_norm,
+    edit_norm,
+    eps_of_norm,
+    hook_on_norm,
+    parametrize,
+    hook_on_block,
+    new_storage,
+    fused_optimizer,
+    average,
+    plain_tensors,
     load,
     new_data,
     new_layer,
@@ -255,6 +354,9 @@ def test_off_under_grad(model, given):
 
 
 def test_inference_mode(model, given):
+    with torch.inference_mode():  # what it makes must not serve later steps
+        for _ in range(2):
+            run(model, **given)
     with torch.inference_mode():
         text = given["encoder_hidden_states"].clone()
         for _ in range(2):
@@ -321,9 +423,9 @@ def test_unpatch_and_the_last_call_decide(model, given):
 
 
 def test_report(model):
-    assert "keeps its text's keys and values" in str(sana_ext.patch(model, cache_text=True))
+    assert "kept between denoising steps: text of SanaTransformer2DModel" in str(sana_ext.patch(model, cache_text=True))
     block = transformer().transformer_blocks[0]
-    assert "no SanaTransformer2DModel" in sana_ext.patch(block, cache_text=True).skipped["text cache"]
+    assert "no SanaTransformer2DModel" in sana_ext.patch(block, cache_text=True).skipped[KEPT]
 
     class Other(SanaTransformer2DModel):
         def forward(self, *args, **kwargs):
@@ -331,7 +433,15 @@ def test_report(model):
 
     other = transformer()
     other.__class__ = Other
-    assert sana_ext.patch(other, cache_text=True).skipped["text cache"] == "Other overrides forward"
+    assert sana_ext.patch(other, cache_text=True).skipped[KEPT] == "Other overrides forward"
+    other = transformer()
+    other.transformer_blocks = torch.nn.ModuleList()
+    assert sana_ext.patch(other, cache_text=True).skipped[KEPT] == "none of its blocks is replaced"
+    assert type(other) is SanaTransformer2DModel
+    other = transformer()
+    other.add_adapter(LORA)
+    assert sana_ext.patch(other, cache_text=True).skipped[KEPT] == "no block has plain layers for its text"
+    assert inspect.signature(model.forward) == inspect.signature(other.forward)
     other = transformer()
     other.forward = other.forward
-    assert "replaced on the instance" in sana_ext.patch(other, cache_text=True).skipped["text cache"]
+    assert "replaced on the instance" in sana_ext.patch(other, cache_text=True).skipped[KEPT]

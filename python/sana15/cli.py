@@ -141,8 +141,8 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         "--guidance", type=float, help="classifier-free guidance scale (default: the model's own; published sizes 4.5)"
     )
     command.add_argument(
-        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-        help="guidance only at noise levels sigma between these (default 0 1)",
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guidance only at noise levels sigma between these (default: the model's own; published sizes 0 1)",
     )  # fmt: skip
     command.add_argument("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
     command.add_argument("--height", type=int, metavar="PIXELS")

@@ -20,6 +20,7 @@ from .pipeline import Item, Pipeline, Sampling
 def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, str]) -> dict[str, Any]:
     """Everything that the picture of `item` follows from; `model` is pipe.identity()."""
     height, width = pipe.picture_size(settings.height, settings.width)
+    guidance, interval = pipe.guidance_of(settings)
     return {
         "prompt": item.prompt,
         "negative_prompt": settings.negative_prompt,
@@ -28,8 +29,8 @@ def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, st
         "candidate": item.candidate,
         "steps": settings.steps,
         "sampler": settings.sampler,
-        "guidance": pipe.guidance_of(settings),
-        "guidance_interval": list(settings.guidance_interval),
+        "guidance": guidance,
+        "guidance_interval": list(interval),
         "flow_shift": pipe.flow_shift,
         "width": width,
         "height": height,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +44,8 @@ class Sampling:
 
     seed: int = 0
     steps: int = 20
-    guidance: float | None = None  # None: the model's own; see Pipeline.guidance_of
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance: float | None = None  # None, also for the interval: the model's own; see Pipeline.guidance_of
+    guidance_interval: tuple[float, float] | None = None
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
@@ -55,11 +54,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer from 0 on, got {self.seed!r}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        low, high = self.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1, got {low} {high}")
+        if self.guidance is not None and not _is_finite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance!r}")
+        if self.guidance_interval is not None and not _is_interval(self.guidance_interval):
+            raise ValueError(
+                f"guidance_interval must be 0 <= low <= high <= 1, got {' '.join(map(str, self.guidance_interval))}"
+            )
 
 
 GUIDANCE = 4.5  # of the published sizes
@@ -78,9 +78,10 @@ class Pipeline:
         autoencoder: Autoencoder,
         flow_shift: float = 3.0,
         guidance: float = GUIDANCE,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.text, self.transformer, self.autoencoder = text, transformer, autoencoder
-        self.flow_shift, self.guidance = flow_shift, guidance
+        self.flow_shift, self.guidance, self.guidance_interval = flow_shift, guidance, guidance_interval
         self.source: Path | None = None  # the folder it was loaded from
 
     @staticmethod
@@ -108,7 +109,7 @@ class Pipeline:
         text: TextEncoder
         text = MiniTextEncoder.load(root / "text_encoder") if mini else GemmaTextEncoder.load(root)
         transformer = load_transformer(root / "transformer", dtype=dtype)
-        pipe = Pipeline(text, transformer, Autoencoder.load(root / "vae"), _flow_shift(root), _guidance(root))
+        pipe = Pipeline(text, transformer, Autoencoder.load(root / "vae"), _flow_shift(root), *_guidance(root))
         config = transformer.config
         for what, given, needed in (
             ("text encoder gives features", text.width, config.caption_channels),
@@ -163,9 +164,10 @@ class Pipeline:
         height, width = self.picture_size(height, width)
         return self.config.in_channels, height // self.autoencoder.factor, width // self.autoencoder.factor
 
-    def guidance_of(self, settings: Sampling) -> float:
-        """The guidance scale that the settings name, or else the model's own."""
-        return self.guidance if settings.guidance is None else settings.guidance
+    def guidance_of(self, settings: Sampling) -> tuple[float, tuple[float, float]]:
+        """Scale and interval of guidance: the settings', or else the model's own."""
+        scale, interval = settings.guidance, settings.guidance_interval
+        return self.guidance if scale is None else scale, self.guidance_interval if interval is None else interval
 
     def __call__(
         self,
@@ -175,7 +177,7 @@ class Pipeline:
         seed: int = 0,
         steps: int = 20,
         guidance: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
@@ -192,7 +194,7 @@ class Pipeline:
             guidance: classifier-free guidance scale; 1 switches the unconditional branch off. Default: the model's own
                 (`guidance` in its sana15.json), 4.5 for the published sizes.
             guidance_interval: (low, high); guidance only at noise levels sigma with low <= sigma <= high. Outside, the
-                model is asked once per step instead of twice.
+                model is asked once per step instead of twice. Default: the model's own, (0, 1) for the published sizes.
             height, width: pixels; default the size the model was made for, at most 4 times that.
             negative_prompt: takes the place of the empty prompt in guidance.
             batch_size: pictures computed at once; default all. It changes pictures by rounding only.
@@ -244,8 +246,8 @@ class Pipeline:
         plan: flow.Schedule,
         callback: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[Item, Image.Image]]:
-        guidance = self.guidance_of(settings)
-        guides = [flow.guidance_is_on(s, guidance, settings.guidance_interval) for s in plan.sigmas[:-1]]
+        guidance, interval = self.guidance_of(settings)
+        guides = [flow.guidance_is_on(s, guidance, interval) for s in plan.sigmas[:-1]]
         for number, chunk in enumerate(chunks):
             velocity = self.guided_velocity(
                 [item.prompt for item in chunk], settings.negative_prompt, guidance if any(guides) else 1.0
@@ -301,13 +303,28 @@ def _stack(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cat([pad(a), pad(b)])
 
 
-def _guidance(root: Path) -> float:
-    """The guidance scale of the folder's sana15.json; the published sizes' where none is recorded."""
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1e30  # also an integer too long for a float
+
+
+def _is_interval(value: object) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_finite(v) for v in value):
+        return False
+    return 0 <= value[0] <= value[1] <= 1
+
+
+def _guidance(root: Path) -> tuple[float, tuple[float, float]]:
+    """Scale and interval of guidance in the folder's sana15.json; the published sizes' where none is recorded."""
     path = root / "sana15.json"
-    value = read_json(path).get("guidance", GUIDANCE) if path.exists() else GUIDANCE
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{path}: guidance must be a finite number, got {value!r}")
-    return float(value)
+    recorded = read_json(path) if path.exists() else {}
+    scale, interval = recorded.get("guidance", GUIDANCE), recorded.get("guidance_interval", [0.0, 1.0])
+    if not _is_finite(scale):
+        raise DataError(f"{path}: guidance must be a finite number, got {scale!r}")
+    if not _is_interval(interval):
+        raise DataError(f"{path}: guidance_interval must be two numbers 0 <= low <= high <= 1, got {interval!r}")
+    return float(scale), (float(interval[0]), float(interval[1]))
 
 
 def _flow_shift(root: Path) -> float:

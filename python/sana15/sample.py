@@ -23,7 +23,8 @@ BATCH_MINI, BATCH = 32, 1
 
 def settings_of(args: argparse.Namespace) -> Sampling:
     return Sampling(
-        seed=args.seed, steps=args.steps, guidance=args.guidance, guidance_interval=tuple(args.guidance_interval),
+        seed=args.seed, steps=args.steps, guidance=args.guidance,
+        guidance_interval=None if args.guidance_interval is None else tuple(args.guidance_interval),
         height=args.height, width=args.width, negative_prompt=args.negative, sampler=args.sampler,
     )  # fmt: skip
 

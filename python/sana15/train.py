@@ -156,7 +156,7 @@ def _record_config(config: TrainConfig, out: Path) -> None:
     if path.exists():
         before = dataclasses.asdict(load_config(path, []))  # options that came later take their defaults
         free = ("steps", "log_every", "save_every", "keep", "workers", "device", "out")
-        free += ("sample_every", "sample_steps", "sample_guidance")
+        free += ("sample_every", "sample_steps", "sample_guidance", "sample_guidance_interval")
         before["transformer"]["compile"] = values["transformer"]["compile"]
         changed = [k for k in values if k not in free and before[k] != values[k]]
         if changed:

@@ -59,7 +59,8 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept
     sample_every: int = 1000
     sample_steps: int = 20
-    sample_guidance: float = 4.5
+    sample_guidance: float = 4.5  # with the interval: of the samples, and the exported model's own
+    sample_guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 

@@ -100,7 +100,8 @@ class TransformerTask:
         entries = test_set()[::5]
         made = self.pipeline()(
             [entry["prompt"] for entry in entries], n=1, seed=1, steps=self.run.sample_steps,
-            guidance=self.run.sample_guidance, batch_size=64,
+            guidance=self.run.sample_guidance, guidance_interval=tuple(self.run.sample_guidance_interval),
+            batch_size=64,
         )  # fmt: skip
         correct: dict[str, list[bool]] = {}
         for entry, pictures in zip(entries, made):
@@ -123,7 +124,10 @@ class TransformerTask:
             "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.config.flow_shift,
         }  # fmt: skip
         _made(folder / "scheduler").joinpath("scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-        settings = {"guidance": self.run.sample_guidance, "trained_steps": self.run.steps}
+        settings = {
+            "guidance": self.run.sample_guidance, "guidance_interval": self.run.sample_guidance_interval,
+            "trained_steps": self.run.steps,
+        }  # fmt: skip
         folder.joinpath("sana15.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -75,7 +75,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """``x weight^T + bias``: torch's own, except on CPUs without arithmetic for the operands' 16-bit dtype.
 
     There the products run in fp32 and the result, bias included, is rounded once. The weight is converted panel by
-    panel into a scratch, never as a whole. Autocast casts the operands as it does for ``torch.nn.functional.linear``.
+    panel into a scratch, never as a whole. In fp32 on CPUs the bias of a large result is added after the product.
+    Autocast casts the operands as it does for ``torch.nn.functional.linear``.
 
     Args:
         x: [..., K], float; any strides.
