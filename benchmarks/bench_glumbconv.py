@@ -21,48 +21,50 @@ def eager_ffn(x, w_in, b_in, weight, bias, w_out, side):
     return F.conv2d(a * F.silu(g), w_out).flatten(2).transpose(1, 2)
 
 
-def case(args, name, dtype, direction):
-    side, C, hidden = (8, 64, 160) if args.quick else (32, 2240, 5600)
+def case(args, B, side, name, dtype, direction):
+    side, C, hidden = (8, 64, 160) if args.quick else (side, args.channels, args.channels * 5 // 2)
     torch.manual_seed(0)
     stencil = {"weight": torch.randn(2 * hidden, 1, 3, 3) / 3, "bias": torch.randn(2 * hidden) * 0.1}
     if name == "dwconv_glu":
-        inputs = {"u": torch.randn(1, side * side, 2 * hidden), **stencil}
+        inputs = {"u": torch.randn(B, side * side, 2 * hidden), **stencil}
         eager, flops, units = lambda **v: eager_stencil(side=side, **v), 0, 3 if direction == "forward" else 5
         ours = lambda u, weight, bias: sana_ext.dwconv_glu(u, weight, bias, side, side)  # noqa: E731
     else:
         inputs = {
-            "x": torch.randn(1, side * side, C),
+            "x": torch.randn(B, side * side, C),
             "w_in": torch.randn(2 * hidden, C, 1, 1) / C**0.5,
             "b_in": torch.randn(2 * hidden) * 0.1,
             **stencil,
             "w_out": torch.randn(C, hidden, 1, 1) / hidden**0.5,
         }
         eager, units = lambda **v: eager_ffn(side=side, **v), 0
-        flops = 6.0 * side * side * C * hidden * (1 if direction == "forward" else 2)
+        flops = 6.0 * B * side * side * C * hidden * (1 if direction == "forward" else 2)
 
         def ours(x, w_in, b_in, weight, bias, w_out):
             return sana_ext.glumbconv(x, w_in, b_in, weight, bias, w_out, side, side)
 
-    inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    inputs = {k: v.to(args.device, dtype) for k, v in inputs.items()}
     functions = {"eager": eager, "ours": ours}
     if not args.no_compile:
         functions["compile"] = harness.compiled(eager)
     return harness.Case(
         f"{name} {direction}",
-        f"1x{side}x{side}x{2 * hidden}" if name == "dwconv_glu" else f"1x{side}x{side}x{C}",
+        f"{B}x{side}x{side}x{2 * hidden}" if name == "dwconv_glu" else f"{B}x{side}x{side}x{C}",
         dtype,
         {k: getattr(harness, direction)(fn, inputs) for k, fn in functions.items()},
         harness.gate(ours, eager, inputs, gradients=direction == "backward"),
         flops=0 if args.quick else flops,
-        bytes=units * side * side * hidden * dtype.itemsize,
+        bytes=units * B * side * side * hidden * dtype.itemsize,
     )
 
 
 if __name__ == "__main__":
-    args = harness.arguments(__doc__)
+    args = harness.arguments(__doc__, sides=(32,), channels=2240)
     harness.run(
         [
-            lambda n=name, d=dtype, k=direction: case(args, n, d, k)
+            lambda B=images, s=side, n=name, d=dtype, k=direction: case(args, B, s, n, d, k)
+            for images in args.images
+            for side in args.sides
             for name in ("dwconv_glu", "glumbconv")
             for dtype in (torch.float32, torch.bfloat16)
             for direction in ("forward", "backward")

@@ -30,7 +30,7 @@ def attention_case(args, shape, dtype, direction):
     B, N, T, H, D = (1, 40, 20, 2, 16) if args.quick else shape
     torch.manual_seed(0)
     inputs = {name: torch.randn(B, tokens, H, D) for name, tokens in (("q", N), ("k", T), ("v", T))}
-    mask = torch.arange(T)[None] < T * 2 // 3
+    mask = torch.arange(T, device=args.device)[None] < T * 2 // 3
 
     def eager(q, k, v):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -45,7 +45,7 @@ def attention_case(args, shape, dtype, direction):
 
 
 def make(args, op, shape, dtype, direction, inputs, eager, ours, flops):
-    inputs = {k: t.to(dtype) for k, t in inputs.items()}
+    inputs = {k: t.to(args.device, dtype) for k, t in inputs.items()}
     functions = {"eager": eager, "ours": ours}
     if not args.no_compile:
         functions["compile"] = harness.compiled(eager)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import sana_ext
 
-HEADS, DIM = 70, 32
+DIM = 32
 
 
 def rms_norm(x, weight):
@@ -36,34 +36,35 @@ def ours(q, k, v, weight_q=None, weight_k=None):
     return sana_ext.linear_attention(q, k, v, weight_q=weight_q, weight_k=weight_k).flatten(2)
 
 
-def case(args, tokens, norm, dtype, direction):
-    heads, tokens = (4, 64) if args.quick else (HEADS, tokens)
+def case(args, B, tokens, norm, dtype, direction):
+    heads, tokens = (4, 64) if args.quick else (args.heads, tokens)
     C = heads * DIM
     torch.manual_seed(0)
-    inputs = {name: torch.randn(1, tokens, C).to(dtype) for name in "qkv"}
+    inputs = {name: torch.randn(B, tokens, C).to(args.device, dtype) for name in "qkv"}
     if norm:
-        inputs |= {name: (1 + 0.2 * torch.randn(C)).to(dtype) for name in ("weight_q", "weight_k")}
+        inputs |= {name: (1 + 0.2 * torch.randn(C)).to(args.device, dtype) for name in ("weight_q", "weight_k")}
     functions = {"eager": eager, "ours": ours}
     if not args.no_compile:
         functions["compile"] = harness.compiled(eager)
     backward = direction == "backward"
     return harness.Case(
         f"linear_attention{', qk-norm' if norm else ''} {direction}",
-        f"1x{tokens}x{heads}x{DIM}",
+        f"{B}x{tokens}x{heads}x{DIM}",
         dtype,
         {name: getattr(harness, direction)(fn, inputs) for name, fn in functions.items()},
         harness.gate(ours, eager, inputs, gradients=backward),
-        flops=(8 if backward else 4) * tokens * C * DIM if dtype == torch.float32 else 0,
-        bytes=(7 if backward else 4) * tokens * C * dtype.itemsize,
+        flops=(8 if backward else 4) * B * tokens * C * DIM if dtype == torch.float32 else 0,
+        bytes=(7 if backward else 4) * B * tokens * C * dtype.itemsize,
     )
 
 
 if __name__ == "__main__":
-    args = harness.arguments(__doc__)
+    args = harness.arguments(__doc__, tokens=(1024, 4096), heads=70)
     harness.run(
         [
-            lambda t=tokens, n=norm, d=dtype, k=direction: case(args, t, n, d, k)
-            for tokens in (1024, 4096)
+            lambda B=images, t=tokens, n=norm, d=dtype, k=direction: case(args, B, t, n, d, k)
+            for images in args.images
+            for tokens in args.tokens
             for norm in (True, False)
             for dtype in (torch.float32, torch.bfloat16)
             for direction in ("forward", "backward")

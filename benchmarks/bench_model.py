@@ -1,7 +1,8 @@
 """One SANA-1.5 1600M block, and one denoising step of the whole model: stock diffusers against sana_ext.patch.
 
 The block runs 1024 tokens (1024 px) with 300 text tokens and a mask; forward and forward + backward. The step runs batch 2
-(guidance) at 512 px by default, --pixels 1024 for the full size. Weights are random; the arithmetic is the real model's.
+(guidance) at 512 px by default, --pixels 1024 for the full size, and --loop 20 calls make the denoising loop of one picture;
+text and (on a GPU) the whole step are kept between them. Weights are random; the arithmetic is the real model's.
 """
 
 import copy
@@ -27,23 +28,23 @@ def shared_copy(module):
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
-def block_case(args, dtype, direction):
+def block_case(args, B, dtype, direction):
     size = sizes(args)
     width, (cross_heads, cross_dim), side = size["heads"] * 32, size["cross"], 8 if args.quick else 32
     torch.manual_seed(0)
     stock = SanaTransformerBlock(
         width, size["heads"], 32, num_cross_attention_heads=cross_heads, cross_attention_head_dim=cross_dim,
         cross_attention_dim=width, attention_bias=False, qk_norm="rms_norm_across_heads",
-    ).to(dtype)  # fmt: skip
+    ).to(args.device, dtype)  # fmt: skip
     ours = shared_copy(stock)
     sana_ext.patch(ours)
     inputs = {
-        "hidden": torch.randn(1, side * side, width),
-        "text": torch.randn(1, size["text"], width),
-        "timestep": torch.randn(1, 6 * width) * 0.3,
+        "hidden": torch.randn(B, side * side, width),
+        "text": torch.randn(B, size["text"], width),
+        "timestep": torch.randn(B, 6 * width) * 0.3,
     }
-    inputs = {k: v.to(dtype) for k, v in inputs.items()}
-    mask = torch.zeros(1, 1, size["text"])
+    inputs = {k: v.to(args.device, dtype) for k, v in inputs.items()}
+    mask = torch.zeros(B, 1, size["text"], device=args.device)
     mask[..., size["text"] // 2 :] = -10000.0
     double = copy.deepcopy(stock).double()
 
@@ -68,10 +69,10 @@ def block_case(args, dtype, direction):
         return run
 
     train = direction == "forward + backward"
-    flops = FLOP_PER_TOKEN * side * side + FLOP_PER_TEXT
+    flops = B * (FLOP_PER_TOKEN * side * side + FLOP_PER_TEXT)
     return harness.Case(
         f"block {direction}",
-        f"1x{side * side}x{width}",
+        f"{B}x{side * side}x{width}",
         dtype,
         {k: training(fn) if train else harness.forward(fn, inputs) for k, fn in functions.items()},
         harness.gate(functions["ours"], functions["eager"], inputs, gradients=train),
@@ -91,13 +92,14 @@ def step_case(args, dtype):
         qk_norm="rms_norm_across_heads", sample_size=32,
     ).eval()  # fmt: skip
     torch.set_default_dtype(torch.float32)
+    stock = stock.to(args.device)
     ours = shared_copy(stock)
-    sana_ext.patch(ours)
-    latents = torch.randn(2, 32, side, side).to(dtype)
-    text = torch.randn(2, size["text"], TEXT_WIDTH).to(dtype)
-    mask = torch.ones(2, size["text"])
+    sana_ext.patch(ours, cache_text=args.loop > 1, cuda_graph=args.device == "cuda")
+    latents = torch.randn(2, 32, side, side).to(args.device, dtype)
+    text = torch.randn(2, size["text"], TEXT_WIDTH).to(args.device, dtype)
+    mask = torch.ones(2, size["text"], device=args.device)
     mask[1, size["text"] // 3 :] = 0
-    timestep = torch.full((2,), 500)
+    timestep = torch.full((2,), 500, device=args.device)
 
     def call(model, latents, text):
         return model(latents, text, timestep, encoder_attention_mask=mask, return_dict=False)[0]
@@ -107,17 +109,29 @@ def step_case(args, dtype):
         peer, own = call(stock, latents, text), call(ours, latents, text)
         harness.assert_no_worse("step", own, peer, in_double(stock, lambda m: call(m, latents.double(), text.double())))
 
+    def steps(step):
+        def run(latents, text):
+            text = text.clone()  # a picture's own text: nothing is kept from the picture before
+            for _ in range(args.loop):
+                step(latents, text)
+
+        return run if args.loop > 1 else step
+
     inputs = {"latents": latents, "text": text}
-    columns = {"eager": lambda **v: call(stock, **v), "ours": lambda **v: call(ours, **v)}
+    columns = {
+        "eager": lambda latents, text: call(stock, latents, text),
+        "ours": lambda latents, text: call(ours, latents, text),
+    }
     if not args.no_compile:
-        columns["compile"] = harness.compiled(lambda **v: call(stock, **v))
+        columns["compile"] = harness.compiled(lambda latents, text: call(stock, latents, text))
+    columns = {name: steps(step) for name, step in columns.items()}
     return harness.Case(
-        "denoising step",
+        "denoising step" if args.loop == 1 else f"loop of {args.loop} denoising steps",
         f"2x{side * side}, {size['layers']} blocks",
         dtype,
         {k: harness.forward(fn, inputs) for k, fn in columns.items()},
         gate,
-        flops=0 if args.quick else 2 * size["layers"] * (FLOP_PER_TOKEN * side * side + FLOP_PER_TEXT),
+        flops=0 if args.quick else args.loop * 2 * size["layers"] * (FLOP_PER_TOKEN * side * side + FLOP_PER_TEXT),
         rounds=min(args.rounds, 3),
     )
 
@@ -142,8 +156,13 @@ def in_double(model, call):
 
 
 if __name__ == "__main__":
-    args = harness.arguments(__doc__, pixels=512)
+    args = harness.arguments(__doc__, pixels=512, loop=1)
     kinds = ("forward", "forward + backward")
-    cases = [lambda d=d, k=k: block_case(args, d, k) for d in (torch.float32, torch.bfloat16) for k in kinds]
+    cases = [
+        lambda B=B, d=d, k=k: block_case(args, B, d, k)
+        for B in args.images
+        for d in (torch.float32, torch.bfloat16)
+        for k in kinds
+    ]
     cases += [lambda d=d: step_case(args, d) for d in (torch.float32, torch.bfloat16)]
     harness.run(cases, args)

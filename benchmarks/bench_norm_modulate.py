@@ -28,11 +28,11 @@ OPS = {
 }
 
 
-def case(args, name, dtype, direction):
-    B, N, C = (1, 64, 256) if args.quick else (1, 1024, 2240)
+def case(args, B, N, name, dtype, direction):
+    N, C = (64, 256) if args.quick else (N, args.channels)
     eager, names, forward_units, backward_units = OPS[name]
     torch.manual_seed(0)
-    inputs = {k: (torch.randn(B, N, C) if k in "xy" else torch.randn(B, C)).to(dtype) for k in names}
+    inputs = {k: (torch.randn(B, N, C) if k in "xy" else torch.randn(B, C)).to(args.device, dtype) for k in names}
     functions = {"eager": eager, "ours": getattr(sana_ext, name)}
     if not args.no_compile:
         functions["compile"] = harness.compiled(eager)
@@ -48,10 +48,12 @@ def case(args, name, dtype, direction):
 
 
 if __name__ == "__main__":
-    args = harness.arguments(__doc__)
+    args = harness.arguments(__doc__, tokens=(1024,), channels=2240)
     harness.run(
         [
-            lambda name=name, dtype=dtype, direction=direction: case(args, name, dtype, direction)
+            lambda B=images, N=tokens, n=name, d=dtype, k=direction: case(args, B, N, n, d, k)
+            for images in args.images
+            for tokens in args.tokens
             for name in OPS
             for dtype in (torch.float32, torch.bfloat16)
             for direction in ("forward", "backward")

@@ -44,11 +44,15 @@ class Case:
     rounds: int | None = None
 
 
-def arguments(description: str, **integers: int) -> argparse.Namespace:
+def arguments(description: str, **integers: int | tuple[int, ...]) -> argparse.Namespace:
     """The options of every benchmark; `integers` adds --NAME with its default for a benchmark's own sizes."""
     parser = argparse.ArgumentParser(description=description)
     for name, default in integers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+        several = "+" if isinstance(default, tuple) else None
+        parser.add_argument(f"--{name}", type=int, nargs=several, default=default, help=f"default {default}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    parser.add_argument("--images", type=int, nargs="+", default=[1], metavar="B", help="batch sizes (default 1)")
+    parser.add_argument("--cold", action="store_true", help="empty the GPU's L2 cache before every call")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds per case (default 9)")
     parser.add_argument("--quick", action="store_true", help="small shapes, 2 rounds: checks that the benchmark runs")
@@ -56,6 +60,10 @@ def arguments(description: str, **integers: int) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="run only the cases whose name contains this text")
     parser.add_argument("--json", type=Path, help="append the results to this file (default: print the table only)")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if args.cold and args.device != "cuda":
+        parser.error("--cold needs --device cuda")
     if args.quick:
         args.rounds = 2
     torch.set_num_threads(args.threads)
@@ -129,8 +137,17 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(fn, fullgraph=True)
 
 
-def time_once(fn: Callable[[], Any], device: str, repeats: int) -> float:
-    """Seconds per call."""
+def time_once(fn: Callable[[], Any], device: str, repeats: int, evict: Callable[[], Any] | None = None) -> float:
+    """Seconds per call; with `evict` each call is timed apart, after it."""
+    if evict is not None:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in pairs:
+            evict()
+            start.record()
+            fn()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / repeats
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -145,7 +162,14 @@ def time_once(fn: Callable[[], Any], device: str, repeats: int) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
+def evictor() -> Callable[[], Any]:
+    """Writes more than any L2 cache holds."""
+    buffer = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    return buffer.zero_
+
+
+def measure(case: Case, rounds: int, device: str, cold: bool = False) -> dict[str, Any]:
+    evict = evictor() if cold else None
     repeats = {}
     for name, fn in case.columns.items():  # warm up, and choose repeats so that one sample lasts at least 20 ms
         fn()
@@ -153,7 +177,7 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
     samples: dict[str, list[float]] = {name: [] for name in case.columns}
     for _ in range(case.rounds or rounds):
         for name, fn in case.columns.items():
-            samples[name].append(time_once(fn, device, repeats[name]))
+            samples[name].append(time_once(fn, device, repeats[name], evict))
     result: dict[str, Any] = {"ms": {name: 1e3 * statistics.median(s) for name, s in samples.items()}, "ratio": {}}
     for name in samples:
         if name != "ours":
@@ -210,8 +234,9 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def run(cases: list[Callable[[], Case]], args: argparse.Namespace, device: str = "cpu") -> None:
+def run(cases: list[Callable[[], Case]], args: argparse.Namespace) -> None:
     """Gates, times and prints every case; cases are built one at a time so that their memory is freed in between."""
+    device = args.device
     limits = ceilings(device)
     head = machine(device, args.threads) | {"ceilings": {k: round(v, 1) for k, v in limits.items()}}
     about = ("machine", "capability", "torch", "commit", "date")
@@ -234,7 +259,7 @@ def run(cases: list[Callable[[], Case]], args: argparse.Namespace, device: str =
             failed.append(label)
             print(f"| {case.op} | {case.shape} | {short(case.dtype)} | wrong: {error} |", flush=True)
             continue
-        result = measure(case, args.rounds, device)
+        result = measure(case, args.rounds, device, args.cold)
         rate = limits["fp32_GFLOPs"]
         if case.dtype.itemsize == 2:  # 16-bit operands can always be taken to fp32
             rate = max(rate, limits["bf16_GFLOPs"])

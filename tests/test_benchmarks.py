@@ -1,6 +1,7 @@
 """The recorded tables, and the harness: a wrong result is never timed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,69 @@ def test_a_right_result_is_recorded(harness, monkeypatch, tmp_path, capsys):
     assert row["ratio"]["eager"][0] > 0
     assert first["command"] == second["command"]
     assert "| double | 4x50 | float32 |" in capsys.readouterr().out
+
+
+@pytest.fixture
+def gpu_script(tmp_path):
+    """benchmarks/gpu.sh with programs that only write down how they were called; a call that names `broken` fails."""
+    program = '#!/bin/sh\n[ "$1" = -c ] && echo some-gpu && exit\necho "$@" >> "$CALLS"\ncase "$*" in *$BROKEN*) exit 3;; esac\n'
+    for name in ("python", "compute-sanitizer"):
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(0o755)
+
+    def call(*stages, broken="nothing is broken"):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        env = {
+            **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
+            "CALLS": str(calls), "OUT": str(tmp_path / "out"), "BROKEN": broken,
+        }  # fmt: skip
+        done = subprocess.run([BENCHMARKS / "gpu.sh", *stages], capture_output=True, text=True, env=env)
+        return done.returncode, done.stderr, calls.read_text().splitlines()
+
+    return call
+
+
+def test_gpu_script_runs_what_is_missing(gpu_script):
+    code, error, calls = gpu_script("ops", "train", broken="norm_modulate")
+    assert code == 1
+    assert "failed: ops-norm-2\n" in error
+    assert "attention" not in error
+    total = len(calls)
+    assert total > 20
+    code, error, calls = gpu_script("ops", "train")
+    assert (code, error) == (0, "")
+    assert 0 < len(calls) < total
+    assert all("bench_norm_modulate.py --device cuda" in call for call in calls)
+    assert gpu_script("ops", "train") == (0, "", [])
+    code, _, calls = gpu_script("all")
+    assert code == 0
+    assert any("pytest" in call for call in calls)
+    assert any("loop 20" in call for call in calls)
+
+
+def test_gpu_script_says_what_it_cannot_do(gpu_script):
+    assert gpu_script("opps")[:2] == (2, "gpu.sh: no stage opps; there are build check sanitize ops model train all\n")
+    code, error, calls = gpu_script()
+    assert (code, calls) == (2, [])
+    assert "benchmarks/gpu.sh all" in error
+
+
+def test_every_option_of_the_gpu_script_exists():
+    """Each benchmark that it calls takes the options that it gives."""
+    text = (BENCHMARKS / "gpu.sh").read_text()
+    for line in text.splitlines():
+        words = line.split()
+        if (
+            not words
+            or "bench" not in words[:4]
+            or "harness" in line
+            or words[0].startswith("#")
+            or words[0] == "bench()"
+        ):
+            continue
+        words = words[words.index("bench") :]
+        source = (BENCHMARKS / f"bench_{words[2]}.py").read_text() + (BENCHMARKS / "harness.py").read_text()
+        for option in (w for w in words if w.startswith("--")):
+            name = option.removeprefix("--")
+            assert f'"{option}"' in source or f"{name}=" in source, line
