@@ -233,11 +233,15 @@ def _rows(op: str, x: torch.Tensor) -> None:
 
 
 def _out_dtype(op: str, wanted: torch.dtype | None, default: torch.dtype, device: torch.device) -> torch.dtype:
-    dtype = wanted or default
+    dtype = default if wanted is None else wanted
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"sana_ext.{op}: out_dtype must be a torch.dtype or None, got {dtype!r}")
     supported = check.SUPPORTED.get(device.type, (dtype,))
-    if dtype not in supported or (dtype == torch.float64) != (default == torch.float64):
+    fitting = [d for d in supported if (d == torch.float64) == (default == torch.float64)]
+    if dtype not in fitting:
         raise TypeError(
-            f"sana_ext.{op}: out_dtype {check.short(dtype)} is not supported for {check.short(default)} input on {device.type}"
+            f"sana_ext.{op}: out_dtype {check.short(dtype)} is not supported for {check.short(default)} input on "
+            f"{device.type}; it must be {' or '.join(map(check.short, fitting))}"
         )
     return dtype
 
