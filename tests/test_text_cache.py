@@ -303,6 +303,19 @@ def test_weights_change(model, given, change):
     assert_right(model, given)
 
 
+@torch.no_grad()
+def test_weights_that_are_no_parameters_of_their_layer(model, given):
+    attn = model.transformer_blocks[0].attn2
+    register_parametrization(attn.norm_k, "weight", Twice())
+    step(model, given)
+    attn.norm_k.parametrizations.weight.original.mul_(-1)
+    assert_right(model, given)
+    plain_tensors(model)
+    step(model, given)
+    model.transformer_blocks[1].attn2.to_v.__dict__["weight"].mul_(-1)
+    assert_right(model, given)
+
+
 def test_dtype_changes(model, given):
     step(model, given)
     model.to(torch.bfloat16)
