@@ -165,9 +165,9 @@ __device__ inline void split(float x, float y, uint32_t& high, uint32_t& low) {
 
 // An exact operand as bf16 terms: itself, or the two that an fp16 number is the sum of.
 template <class T>
-constexpr int kTerms = 1;
+inline constexpr int kTerms = 1;
 template <>
-constexpr int kTerms<Half> = 2;
+inline constexpr int kTerms<Half> = 2;
 
 template <class T>
 __device__ inline void to_terms(const uint32_t (&a)[4], uint32_t (&term)[kTerms<T>][4]) {
