@@ -14,7 +14,7 @@ namespace {
 
 // Blocks per multiprocessor: as many as the registers of a row of bf16, or of its two terms if fp16, allow.
 template <class T>
-constexpr int kBlocks = kTerms<T> == 1 ? 3 : 2;
+[[maybe_unused]] constexpr int kBlocks = kTerms<T> == 1 ? 3 : 2;
 
 template <class T, bool kRowsOnly>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
