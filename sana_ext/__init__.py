@@ -4,7 +4,7 @@ Importing loads torch and nothing heavier. Compiled kernels are used where they 
 which.
 """
 
-from . import _extension, nn, reference
+from . import _extension, nn, optim, reference
 from ._info import kernel_info
 from .ops import (
     _arithmetic,
@@ -36,6 +36,7 @@ __all__ = [
     "linear_attention_qkv",
     "nn",
     "norm_modulate",
+    "optim",
     "patch",
     "reference",
     "residual_norm_modulate",

@@ -1,0 +1,321 @@
+"""What the 8-bit optimizers share: gradients in, state tensors lazily made, skipped steps, bit-exact state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _shards as shards
+
+DTYPES = (torch.float32, torch.bfloat16)
+#: Shape and dtype of each state tensor, and whether its first axis is cut as that of a sharded parameter.
+Spec = dict[str, tuple[tuple[int, ...], torch.dtype, bool]]
+
+
+class Work(NamedTuple):
+    """One parameter of one step, as plain tensors: of a DTensor this process's shard, everything else as it is."""
+
+    param: Tensor  # contiguous
+    grad: Tensor  # contiguous, float32 or bfloat16
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+    owner: Tensor  # the parameter itself, a DTensor maybe
+    place: int  # its number among all parameters of the optimizer
+
+
+class Optimizer8bit(torch.optim.Optimizer):
+    """Base class. A subclass says what its state is (`_spec`) and how a list of parameters is updated (`_update`)."""
+
+    _step_supports_amp_scaling = True  # GradScaler leaves grad_scale and found_inf as attributes for step()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._skipped: Tensor | None = None
+        super().__init__(params, defaults)
+
+    # For subclasses
+
+    def _quantises(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
+        """Whether a parameter of this shape is large enough for 8-bit state."""
+        raise NotImplementedError
+
+    def _spec(self, shape: tuple[int, ...], group: dict[str, Any], quantised: bool) -> Spec:
+        """The state of a parameter, or of a shard, of this shape. "step" comes by itself. All state starts as zeros."""
+        raise NotImplementedError
+
+    def _update(self, work: list[Work], factor: Tensor, found_inf: Tensor) -> None:
+        """Updates parameters and states in place; gradients count times `factor` (fp32, no dimensions).
+
+        found_inf (fp32, [1]) is raised if a gradient is not finite; with any value but 0 nothing may be touched.
+        state["step"] holds the number of steps done before this one and is not touched either.
+        """
+        raise NotImplementedError
+
+    # Parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for i, p in enumerate(group["params"]):
+                self._check_dtype(p, self._name(group, i))
+        except Exception:
+            self.param_groups.pop()  # refused as a whole
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuses hyperparameters that cannot be meant."""
+
+    def _check_dtype(self, p: Tensor, name: str) -> None:
+        if p.dtype not in DTYPES:
+            self._fail(TypeError, f"{name} has dtype {_short(p.dtype)}; supported are float32 and bfloat16")
+
+    def _fail(self, kind: type[Exception], message: str) -> None:
+        raise kind(f"sana_ext.optim.{type(self).__name__}: {message}")
+
+    @staticmethod
+    def _name(group: dict[str, Any], i: int) -> str:
+        return group["param_names"][i] if "param_names" in group else f"parameter {i} {list(group['params'][i].shape)}"
+
+    # The step
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because of NaN or Inf in a gradient; with fuse_backward, per parameter."""
+        return 0 if self._skipped is None else int(self._skipped.item())
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        grad_scale: Tensor | float | None = None,
+        found_inf: Tensor | None = None,
+        clip_factor: Tensor | float | None = None,
+    ) -> Any:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss, as everywhere in torch.optim.
+            grad_scale: gradients are divided by this number (GradScaler's protocol).
+            found_inf: a tensor of one element; any value but 0 skips the step.
+            clip_factor: gradients are multiplied by this number. For a limit on their global norm pass
+                ``(limit / (torch.nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1)``; the gradients stay as
+                they are and no pass over memory is spent on them.
+
+        A gradient with NaN or Inf skips the whole step: no parameter and no state is touched, `skipped_steps` counts it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
+        found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
+        members = [
+            (g, i)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        self._step_on(members, grad_scale, found_inf, clip_factor)
+        return loss
+
+    def _step_on(
+        self,
+        members: list[tuple[int, int]],  # of param_groups, and of the group's parameters
+        grad_scale: Tensor | float | None = None,
+        found_inf: Tensor | None = None,
+        clip_factor: Tensor | float | None = None,
+    ) -> None:
+        if not members:
+            return
+        device = self.param_groups[members[0][0]]["params"][members[0][1]].device
+        first = [0, *accumulate(len(group["params"]) for group in self.param_groups)]
+        work, copies = [], []
+        for g, i in members:
+            group = self.param_groups[g]
+            p = group["params"][i]
+            if p.device != device:
+                self._fail(
+                    ValueError, f"{self._name(group, i)} is on {p.device}, others on {device}; use an optimizer each"
+                )
+            grad = self._gradient(p, self._name(group, i))
+            local = shards.local(p)
+            dense = local.contiguous()
+            if dense is not local:
+                copies.append((local, dense))
+            state = {k: shards.local(v) for k, v in self._state_of(p, group).items()}
+            work.append(Work(dense, grad, state, group, p, first[g] + i))
+        factor = torch.ones((), device=device)
+        if grad_scale is not None:
+            factor = factor / grad_scale
+        if clip_factor is not None:
+            factor = factor * clip_factor
+        found = torch.zeros(1, device=device)
+        if found_inf is not None:
+            found.copy_(found_inf.reshape(1))
+        self._update(work, factor.to(device, torch.float32).reshape(()), found)
+        for local, dense in copies:
+            local.copy_(dense)
+        self._count(work, found)
+
+    def _gradient(self, p: Tensor, name: str) -> Tensor:
+        grad = p.grad
+        assert grad is not None
+        self._check_dtype(p, name)
+        if grad.layout != torch.strided:
+            self._fail(ValueError, f"the gradient of {name} is sparse; only dense gradients are supported")
+        if grad.dtype not in DTYPES:
+            self._fail(
+                TypeError, f"the gradient of {name} has dtype {_short(grad.dtype)}; supported are float32 and bfloat16"
+            )
+        return shards.gradient(p, grad).contiguous()
+
+    def _count(self, work: list[Work], found: Tensor) -> None:
+        skip = (found != 0).to(torch.float32)
+        if self._skipped is None:
+            self._skipped = torch.zeros(1, dtype=torch.int64, device=found.device)
+        self._skipped += skip.to(self._skipped)
+        steps = [w.state["step"] for w in work]
+        done = (1.0 - skip).reshape(())
+        torch._foreach_add_(steps, done if steps[0].device == done.device else done.item())
+
+    # State
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            on_device = group.get("capturable", False)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+            quantised = self._quantises(tuple(p.shape), group)
+            quantised = quantised and shards.aligned(p, lambda shape: self._spec(shape, group, True))
+            whole = self._spec(tuple(p.shape), group, quantised)
+            part = self._spec(tuple(shards.local(p).shape), group, quantised)
+            for key, (shape, dtype, cut) in part.items():
+                zeros = torch.zeros(shape, dtype=dtype, device=shards.local(p).device)
+                state[key] = shards.like(p, zeros, whole[key][0], cut)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned, bit by bit: codes stay uint8 and scales fp32 whatever the parameters' dtype.
+
+        The tensors are copied, so that the loaded dictionary does not change with the next step.
+        """
+        kept = {
+            key: {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in entry.items()}
+            if isinstance(entry, dict)
+            else entry
+            for key, entry in state_dict["state"].items()
+        }
+        before = dict(self.state), self.param_groups
+        super().load_state_dict({**state_dict, "state": kept})
+        try:
+            for group in self.param_groups:
+                group.setdefault("capturable", False)
+                for i, p in enumerate(group["params"]):
+                    if p in self.state:
+                        self.state[p] = self._loaded(p, group, self._name(group, i), self.state[p])
+        except Exception:
+            self.state.clear()
+            self.state.update(before[0])
+            self.param_groups = before[1]
+            raise
+
+    def _loaded(self, p: Tensor, group: dict[str, Any], name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+        shape = tuple(shards.local(p).shape)
+        plain = {k: v.tensor if isinstance(v, _Kept) else v for k, v in state.items()}
+        quantised = any(isinstance(v, Tensor) and v.dtype == torch.uint8 for v in plain.values())
+        expected = self._spec(shape, group, quantised)
+        if problem := _difference(expected, plain):
+            self._fail(ValueError, f"the loaded state of {name} does not fit: {problem}")
+        result = {}
+        for key, (_, _, cut) in expected.items():
+            value = plain[key].detach()
+            whole = self._spec(tuple(p.shape), group, quantised)[key][0]
+            result[key] = shards.like(
+                p, shards.local(value).to(shards.local(p).device, copy=True).contiguous(), whole, cut
+            )
+        step = torch.as_tensor(plain["step"], dtype=torch.float32).detach().reshape(())
+        result["step"] = step.to(p.device if group["capturable"] else "cpu", copy=True)
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_skipped", None)
+
+
+class FusedBackward:
+    """The hooks that `fuse_backward` has set; `remove()` takes them away."""
+
+    def __init__(self, handles: Iterable[Any]) -> None:
+        self._handles = list(handles)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def fuse_backward(optimizer: Optimizer8bit) -> FusedBackward:
+    """Steps each parameter as soon as its gradient is complete, inside ``loss.backward()``, and frees the gradient.
+
+    So never more than a few gradients exist at a time. ``optimizer.step()`` then finds no gradient and does nothing; call
+    it all the same where a learning-rate scheduler wants to see it.
+
+    What cannot be had together with it: gradient accumulation over several backward passes, clipping by the global
+    norm, GradScaler (no gradient may be used before all are known), and skipping a step as a whole: a NaN or Inf skips
+    the parameters that it reaches, each counted by itself. Learning rates are those at the time of the backward pass.
+    Parameters added later need another call.
+
+    Args:
+        optimizer: a CAME8bit or AdamW8bit.
+
+    Returns:
+        An object whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: another kind of optimizer.
+    """
+    if not isinstance(optimizer, Optimizer8bit):
+        raise TypeError(f"sana_ext.optim.fuse_backward: expected CAME8bit or AdamW8bit, got {type(optimizer).__name__}")
+
+    def hook_of(g: int, i: int) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def hook(p: Tensor) -> None:
+            optimizer._step_on([(g, i)])
+            p.grad = None
+
+        return hook
+
+    return FusedBackward(
+        p.register_post_accumulate_grad_hook(hook_of(g, i))
+        for g, group in enumerate(optimizer.param_groups)
+        for i, p in enumerate(group["params"])
+        if p.requires_grad
+    )
+
+
+class _Kept:
+    """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _difference(expected: Spec, found: dict[str, Any]) -> str | None:
+    missing = [key for key in (*expected, "step") if key not in found]
+    if missing:
+        return f"no {', '.join(missing)}"
+    for key, (shape, dtype, _) in expected.items():
+        value = found[key]
+        got = f"{_short(value.dtype)} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or tuple(shards.local(value).shape) != shape or value.dtype != dtype:
+            return f"{key} must be {_short(dtype)} {list(shape)}, got {got}"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
