@@ -1,5 +1,6 @@
 """The specification of every op in plain PyTorch: forward, and backward in closed form."""
 
+from .code8 import CODES, dequantize, dynamic_table, quantize
 from .cross_attention import attention_mask, cross_attention, cross_attention_backward
 from .glumbconv import dwconv_glu, dwconv_glu_backward, glumbconv
 from .linear import linear, linear_backward
@@ -21,11 +22,14 @@ from .norm_modulate import (
 )
 
 __all__ = [
+    "CODES",
     "attention_mask",
     "cross_attention",
     "cross_attention_backward",
+    "dequantize",
     "dwconv_glu",
     "dwconv_glu_backward",
+    "dynamic_table",
     "gated_residual",
     "gated_residual_backward",
     "glumbconv",
@@ -37,6 +41,7 @@ __all__ = [
     "linear_backward",
     "norm_modulate",
     "norm_modulate_backward",
+    "quantize",
     "residual_norm_modulate",
     "row_rstd",
     "row_statistics",

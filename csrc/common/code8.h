@@ -1,0 +1,102 @@
+// The 8-bit block codes of sana_ext/reference/code8.py for host and device: the same table bit by bit, and the same
+// byte for every value, without a search. Torch-free.
+#pragma once
+#include <cstdint>
+
+#include "math.h"
+
+namespace sana_ext {
+
+// Magnitudes of states beyond these are stored as the largest, or as zero where a whole block is below the smallest.
+constexpr float kCodeLargest = 0x1p100f, kCodeSmallest = 0x1p-100f;
+constexpr int kCodeZero = 127;  // the byte of 0 in the signed dynamic code
+constexpr int kCodeDecades = 7;
+
+// What encoding and decoding look up. Decade c - 1 (c = 0: below the first one) holds evenly spaced magnitudes, so a
+// line gives the index of x there: slope[c] * x + offset[c], lowered by a thousandth so that rounding errors cannot
+// lift it above the true index, and at most last[c]. One comparison with the border above then corrects it.
+struct DynamicCode {
+  int32_t top = 0;         // index of magnitude 1: 128 signed, 255 unsigned
+  float magnitude[256]{};  // in rising order, magnitude[0] = 0
+  float border[256]{};     // between k and k + 1: the mean in fp32
+  float decade[8]{};       // the borders below the decades
+  float slope[8]{}, offset[8]{}, last[8]{};
+};
+
+constexpr DynamicCode make_dynamic_code(bool is_signed) {
+  constexpr float kPowers[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  constexpr double kInverses[] = {1e6, 1e5, 1e4, 1e3, 1e2, 1e1, 1.0};
+  DynamicCode t;
+  int k = 1;
+  for (int d = 0; d < kCodeDecades; ++d) {
+    const int n = is_signed ? 1 << d : 2 << d, half = (n + 1) / 2;
+    const float step = (1.0f - 0.1f) / static_cast<float>(n);
+    float below = 0.1f;  // edges of n equal parts of [0.1, 1], counted from the nearer end
+    t.slope[d + 1] = static_cast<float>(n / 0.9 * kInverses[d]);
+    t.offset[d + 1] = static_cast<float>(k - n / 9.0 - 1e-3);
+    t.last[d + 1] = static_cast<float>(k + n - 1);
+    for (int i = 1; i <= n; ++i) {
+      const float part = step * static_cast<float>(i < half ? i : n - i);
+      const float above = i < half ? 0.1f + part : 1.0f - part;
+      const float mean = (below + above) * 0.5f;
+      t.magnitude[k++] = mean * kPowers[d];
+      below = above;
+    }
+  }
+  t.magnitude[k] = 1.0f;
+  t.top = k;
+  for (int i = 0; i < k; ++i) t.border[i] = (t.magnitude[i] + t.magnitude[i + 1]) * 0.5f;
+  for (int d = 0; d < kCodeDecades; ++d) t.decade[d] = t.border[is_signed ? (1 << d) - 1 : (2 << d) - 2];
+  return t;
+}
+
+// Index of the magnitude nearest to x <= 1 + 2^-23, on a border the smaller one; 0 for x <= 0 and NaN.
+SANA_EXT_HOST_DEVICE inline int encode_magnitude(const DynamicCode& t, float x) {
+  if (!(x > t.decade[0])) return 0;
+  int c = 1;
+  for (int d = 1; d < kCodeDecades; ++d) c += x > t.decade[d];
+  const float line = x * t.slope[c] + t.offset[c];
+  const int k = static_cast<int>(line < t.last[c] ? line : t.last[c]);
+  return k + (x > t.border[k]);
+}
+
+// x = value * (1 / scale), in [-1 - 2^-23, 1 + 2^-23] or NaN.
+SANA_EXT_HOST_DEVICE inline uint8_t encode_signed(const DynamicCode& t, float x) {
+  const int k = encode_magnitude(t, x < 0 ? -x : x);
+  return static_cast<uint8_t>(x < 0 ? kCodeZero - (k < kCodeZero ? k : kCodeZero) : kCodeZero + k);
+}
+SANA_EXT_HOST_DEVICE inline uint8_t encode_unsigned(const DynamicCode& t, float x) {
+  return static_cast<uint8_t>(encode_magnitude(t, x));
+}
+SANA_EXT_HOST_DEVICE inline float decode_signed(const DynamicCode& t, uint8_t code) {
+  return code >= kCodeZero ? t.magnitude[code - kCodeZero] : -t.magnitude[kCodeZero - code];
+}
+SANA_EXT_HOST_DEVICE inline float decode_unsigned(const DynamicCode& t, uint8_t code) { return t.magnitude[code]; }
+
+// A value as states keep it: finite.
+SANA_EXT_HOST_DEVICE inline float saturated(float x) {
+  if (!(x == x)) return 0.0f;
+  return x > kCodeLargest ? kCodeLargest : x < -kCodeLargest ? -kCodeLargest : x;
+}
+
+// The scale of a block from its largest saturated magnitude (dynamic) or from its step (linear), and 1 / scale.
+SANA_EXT_HOST_DEVICE inline float code_scale(float largest) { return largest < kCodeSmallest ? 0.0f : largest; }
+SANA_EXT_HOST_DEVICE inline float code_inverse(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
+
+// Linear code: x saturated, step = code_scale((high - low) / 255), inverse = code_inverse(step). No product here feeds
+// an addition, so no compiler can fuse it and round otherwise.
+SANA_EXT_HOST_DEVICE inline float linear_step(float low, float high) { return code_scale((high - low) / 255.0f); }
+SANA_EXT_HOST_DEVICE inline uint8_t encode_linear(float x, float low, float inverse) {
+  const float t = (x - low) * inverse;
+#ifdef __CUDA_ARCH__
+  const int code = __float2int_rn(t);
+#else
+  const int code = static_cast<int>(__builtin_rintf(t));  // halves to even
+#endif
+  return static_cast<uint8_t>(code < 0 ? 0 : code > 255 ? 255 : code);
+}
+SANA_EXT_HOST_DEVICE inline float decode_linear(uint8_t code, float low, float step) {
+  return static_cast<float>(code) * step + low;
+}
+
+}  // namespace sana_ext
