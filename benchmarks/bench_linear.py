@@ -1,7 +1,8 @@
 """linear and cross_attention against torch's own, at the shapes of a SANA-1.5 1600M block with 1024 tokens.
 
 On a processor with 16-bit arithmetic both columns are torch's own and the ratio is 1, but for the backward of small heads
-(those of the mini model, at its training batch) and for the large fp32 result, whose bias ours adds after the product. To see an AVX2 machine from a newer one:
+(those of the mini model, at its training batch) and for the large fp32 result, whose bias ours adds after the product.
+To see an AVX2 machine from a newer one:
 SANA_EXT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 

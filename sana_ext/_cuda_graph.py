@@ -1,8 +1,8 @@
 """`patch(cuda_graph=True)`: a whole denoising step as one CUDA graph, captured once for each form of the call.
 
 A graph repeats the kernels that it saw, with their addresses and their constants. What it saw is therefore part of its
-key: shapes, dtypes and plain arguments of the call; addresses of all weights; the class of every module. Edits in place
-of weights and inputs are seen, since a graph reads them. What a graph cannot see (hooks, adapters, autocast, arguments
+key: shapes, dtypes and plain arguments of the call; addresses of all weights; class and epsilon of every module. Edits
+in place of weights and inputs are seen, since a graph reads them. What a graph cannot see (hooks, adapters, autocast, arguments
 on another device) makes the call run as without the option, and so does the first step on a new text if the text's
 keys and values are cached: that step fills the buffers which the graph reads.
 """
@@ -156,7 +156,7 @@ def _key(model: Any, leaves: list[Any], spec: Any) -> Any:
         processor = module.__dict__.get("processor")
         if processor is not None and type(processor).__module__.split(".")[0] != "diffusers":
             return None
-        form.append((type(module), type(processor), module.training))
+        form.append((type(module), type(processor), module.training, module.__dict__.get("eps")))
         for tensors in (module._parameters, module._buffers):
             for t in tensors.values():
                 if t is None:

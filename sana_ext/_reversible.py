@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-#: Instance attributes of a patched object that no pickle holds.
-TRANSIENT = ("_sana_ext_text_cache", "_sana_ext_step_graphs")
+PREFIX = "_sana_ext_"  # of what patch keeps on an object; no pickle holds it
 
 
 class Reversible:
@@ -26,7 +25,7 @@ class Reversible:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickled object is a stock object: the file loads without sana_ext (patch again after loading)."""
-        state = {name: value for name, value in _state(self).items() if name not in TRANSIENT}
+        state = {name: value for name, value in _state(self).items() if not name.startswith(PREFIX)}
         return _bare, (self._sana_ext_stock,), state
 
 

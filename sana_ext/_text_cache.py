@@ -121,6 +121,8 @@ class TextCache:
 
 
 class Text:
+    """The keys and values of one text: valid for its tensor while `state` and the stamps of all weights are the same."""
+
     def __init__(self, source: weakref.ref[torch.Tensor], state: Any, stamp: Stamp) -> None:
         self.source, self.state, self.stamp = source, state, stamp
         self.pairs: dict[Any, tuple[Stamp, Pair]] = {}
@@ -150,25 +152,24 @@ def _layers_stamp(block: Any, operand: guards.Operand | None = None) -> Stamp | 
         return None
     norm = guards.child(attn, "norm_k")
     if norm is not None:
-        if not plain(norm):
-            return None
         layers.append(norm)
-    return _stamp(layers)
+    return _stamp(layers) if all(plain(layer) for layer in layers) else None
 
 
 def plain(module: Any, packages: tuple[str, ...] = ("torch.nn.modules", "diffusers")) -> bool:
-    """A module of these packages that nothing intercepts."""
-    cls = type(module)
-    return cls.__module__.startswith(packages) and guards.module_reason(module, cls) is None
+    """A module of these packages that nothing intercepts, and whose weights are its parameters.
+
+    A wrapper (FSDP, DataParallel) puts tensors of its own in their place.
+    """
+    cls, state = type(module), module.__dict__
+    own = cls.__module__.startswith(packages) and guards.module_reason(module, cls) is None
+    return own and state.get("weight") is None and state.get("bias") is None
 
 
 def _stamp(modules: Iterable[Any]) -> Stamp | None:
     stamp: list[tuple[Any, ...]] = []
     for module in modules:
-        state = module.__dict__
-        if state.get("weight") is not None or state.get("bias") is not None:
-            return None  # a wrapper (FSDP, DataParallel) put a tensor of its own in place of the parameter
-        stamp.append((module, state.get("eps")))
+        stamp.append((module, module.__dict__.get("eps")))
         for p in module._parameters.values():
             if p is None:
                 continue

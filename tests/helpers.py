@@ -9,12 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from sana_ext import _extension
+
 EPS32 = torch.finfo(torch.float32).eps
 Make = Callable[[int], dict[str, torch.Tensor | None]]
 
 # Under SANA_EXT_EMULATOR=1 the CUDA kernels answer, emulated on the host; they have no float64.
 EMULATED = os.environ.get("SANA_EXT_EMULATOR", "") == "1"
 needs_fp64 = pytest.mark.skipif(EMULATED, reason="the CUDA kernels have no float64")
+_cuda = _extension.libraries()["cuda"]
+# Two marks: without the reason "needs a GPU" a machine that has one would count a missing library as a missing GPU.
+needs_gpu = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not _cuda.loaded, reason=f"needs a GPU and its library: {_cuda.reason}"),
+]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16][EMULATED:]
 WIDEST = DTYPES[0]
 dtype_id = lambda dtype: str(dtype).removeprefix("torch.")  # noqa: E731

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 from diffusers_models import inputs, run, transformer
-from peft import LoraConfig
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from weight_changes import CHANGES, adapter, edit
 
 import sana_ext
 from sana_ext import _cuda_graph
@@ -47,6 +47,7 @@ def recorded(monkeypatch):
 @pytest.fixture(params=[False, True], ids=["graph", "graph and text"])
 def model(request):
     model = transformer()
+    edit(model)  # so that no weight has the version of a new one
     sana_ext.patch(model, cuda_graph=True, cache_text=request.param)
     model.with_text = request.param
     return model
@@ -132,48 +133,7 @@ def test_arguments_come_and_go(model, given):
     assert counts(model)[0] == 3
 
 
-def edit(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.1)
-
-
-def edit_values(model):
-    with torch.no_grad():
-        model.transformer_blocks[1].attn2.to_v.weight.mul_(-1)
-
-
-def load(model):
-    model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()})
-
-
-def replace(model):
-    layer = model.transformer_blocks[1].attn2.to_v
-    layer.weight = torch.nn.Parameter(layer.weight * 1.5)
-
-
-def new_data(model):
-    for p in model.transformer_blocks[0].parameters():
-        p.data = p.data * 1.5
-
-
-def hook(model):
-    model.transformer_blocks[0].attn1.to_v.register_forward_hook(lambda module, args, out: out * 2)
-
-
-def adapter(model):
-    model.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"]))
-
-
-def merged_adapter(model):
-    adapter(model)
-    model.fuse_lora()
-    model.unload_lora()
-
-
-@pytest.mark.parametrize(
-    "change", [edit, edit_values, load, replace, new_data, hook, adapter, merged_adapter], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_weights_change(model, given, change):
     before = [step(model, given) for _ in range(3)][-1]
     change(model)

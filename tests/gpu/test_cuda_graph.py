@@ -5,16 +5,12 @@ import copy
 import pytest
 import torch
 from diffusers_models import SMALL, inputs, run, transformer
+from helpers import needs_gpu
 
 import sana_ext
-from sana_ext import _extension
 from sana_ext._model import GRAPHS
 
-loaded = _extension.libraries()["cuda"].loaded
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(not loaded, reason=f"needs a GPU and its library: {_extension.libraries()['cuda'].reason}"),
-]
+pytestmark = needs_gpu
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from helpers import EPS32, assert_compiles, dtype_id, max_abs, opcheck, outputs_and_gradients, rand, rms
+from helpers import EPS32, assert_compiles, dtype_id, max_abs, needs_gpu, opcheck, outputs_and_gradients, rand, rms
 
 import sana_ext
 from sana_ext import _extension, reference
 
-loaded = _extension.libraries()["cuda"].loaded
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(not loaded, reason=f"needs a GPU and its library: {_extension.libraries()['cuda'].reason}"),
-]
+pytestmark = needs_gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (B, height, width, F): one pixel, odd sizes, ragged runs, several tiles and strips, then 1600M and 600M at 512, 1024 and
 # 2048 pixels

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from helpers import assert_compiles, assert_matches, dtype_id, opcheck, rand
+from helpers import assert_compiles, assert_matches, dtype_id, needs_gpu, opcheck, rand
 
 import sana_ext
-from sana_ext import _extension, reference
+from sana_ext import reference
 
-loaded = _extension.libraries()["cuda"].loaded
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(not loaded, reason=f"needs a GPU and its library: {_extension.libraries()['cuda'].reason}"),
-]
+pytestmark = needs_gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (B, N, H, D): single elements, ragged, generic heads, the published ones, more tokens than one part
 SHAPES = [

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from helpers import assert_compiles, dtype_id, max_abs, opcheck, rand, rms
+from helpers import assert_compiles, dtype_id, max_abs, needs_gpu, opcheck, rand, rms
 
 import sana_ext
 from sana_ext import _extension, reference
 
-loaded = _extension.libraries()["cuda"].loaded
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(not loaded, reason=f"needs a GPU and its library: {_extension.libraries()['cuda'].reason}"),
-]
+pytestmark = needs_gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (B, N, C): single elements, odd sizes, the published width, the longest row in shared memory and the first beyond it
 SHAPES = [(1, 1, 1), (2, 7, 33), (3, 5, 257), (2, 64, 1152), (1, 1024, 2240), (1, 3, 8192), (1, 3, 8193), (0, 4, 16)]
