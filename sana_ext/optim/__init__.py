@@ -1,5 +1,6 @@
 """8-bit optimizers with kernels."""
 
 from ._base import FusedBackward, fuse_backward
+from ._came8bit import CAME8bit, read_sana_state
 
-__all__ = ["FusedBackward", "fuse_backward"]
+__all__ = ["CAME8bit", "FusedBackward", "fuse_backward", "read_sana_state"]
