@@ -1,5 +1,6 @@
 """The specification of every op in plain PyTorch: forward, and backward in closed form."""
 
+from .adamw8bit import adamw, adamw8bit
 from .came8bit import came8bit_phase
 from .code8 import CODES, dequantize, dynamic_table, quantize
 from .cross_attention import attention_mask, cross_attention, cross_attention_backward
@@ -24,6 +25,8 @@ from .norm_modulate import (
 
 __all__ = [
     "CODES",
+    "adamw",
+    "adamw8bit",
     "attention_mask",
     "came8bit_phase",
     "cross_attention",

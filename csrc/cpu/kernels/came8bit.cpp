@@ -1,6 +1,6 @@
 #include "came8bit.h"
 
-#include "came8bit_code.h"
+#include "code8_vec.h"
 #include "vec.h"
 
 namespace sana_ext::cpu::SANA_EXT_ISA {

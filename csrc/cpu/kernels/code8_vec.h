@@ -1,12 +1,12 @@
-// Blocks of the signed dynamic and of the linear 8-bit code, in whole vectors: what csrc/common/code8.h says, bit by
-// bit.
+// The 8-bit block codes in whole vectors: what csrc/common/code8.h says, bit by bit. Included by kernel files only (see
+// vec.h).
 #pragma once
 #include "../../common/code8.h"
 #include "vec.h"
 
 namespace sana_ext::cpu::SANA_EXT_ISA {
 
-constexpr DynamicCode kSignedCode = make_dynamic_code(true);
+constexpr DynamicCode kSignedCode = make_dynamic_code(true), kUnsignedCode = make_dynamic_code(false);
 
 struct SignedTable {
   float value[256];
@@ -73,15 +73,17 @@ SANA_EXT_INLINE Vec<int32_t> round_to_int(Vec<float> x) {  // halves to even
 #endif
 }
 
-SANA_EXT_INLINE Vec<int32_t> encode_signed(Vec<float> x) {
-  const DynamicCode& t = kSignedCode;
-  const Vec<float> a = x < 0.0f ? -x : x;
+// Index of the magnitude nearest to a, which is finite.
+SANA_EXT_INLINE Vec<int32_t> encode_magnitude(const DynamicCode& t, Vec<float> a) {
   Vec<int32_t> decade{};
   for (int d = 0; d < kCodeDecades; ++d) decade -= a > t.decade[d];  // a comparison is -1 where it holds
   const Vec<float> line = a * look_up8(t.slope, decade) + look_up8(t.offset, decade), last = look_up8(t.last, decade);
   const Vec<float> capped = line < last ? line : last;
-  Vec<int32_t> k = __builtin_convertvector(capped, Vec<int32_t>);
-  k -= a > look_up(t.border, k);
+  const Vec<int32_t> k = __builtin_convertvector(capped, Vec<int32_t>);
+  return k - (a > look_up(t.border, k));
+}
+SANA_EXT_INLINE Vec<int32_t> encode_signed(Vec<float> x) {
+  const Vec<int32_t> k = encode_magnitude(kSignedCode, x < 0.0f ? -x : x);
   const Vec<int32_t> zero = Vec<int32_t>{} + kCodeZero;
   return x < 0.0f ? zero - (k < zero ? k : zero) : zero + k;
 }

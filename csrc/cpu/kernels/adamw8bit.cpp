@@ -1,0 +1,170 @@
+#include "adamw8bit.h"
+
+#include "../../common/rounding.h"
+#include "code8_vec.h"
+
+namespace sana_ext::cpu::SANA_EXT_ISA {
+namespace {
+
+constexpr int64_t kBlock = kAdamW8bitBlock;
+
+SANA_EXT_INLINE Vec<float> square_root(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (Vec<float>)_mm_sqrt_ps((__m128)v);
+#elif defined(__aarch64__)
+  return (Vec<float>)vsqrtq_f32((float32x4_t)v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// The tensor that block `item` belongs to.
+const AdamW8bitTensor* find(const AdamW8bitTensor* tensors, int64_t count, int64_t item) {
+  int64_t low = 0;
+  while (count > 1) {
+    const int64_t half = count / 2;
+    if (tensors[low + half].first_block <= item)
+      low += half, count -= half;
+    else
+      count = half;
+  }
+  return tensors + low;
+}
+
+// Calls f(tensor, first element, elements) for each of the blocks [begin, end).
+template <class F>
+SANA_EXT_INLINE void for_each_block(const AdamW8bitTensor* tensors, int64_t count, int64_t begin, int64_t end,
+                                    const F& f) {
+  if (begin >= end) return;
+  const AdamW8bitTensor* t = find(tensors, count, begin);
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t at = (item - t->first_block) * kBlock;
+    if (at >= t->n) ++t, at = 0;
+    f(*t, at, t->n - at < kBlock ? t->n - at : kBlock);
+  }
+}
+
+// A block in fp32, filled up with zeros: they change neither sums nor scales.
+struct alignas(64) Block {
+  float p[kBlock], g[kBlock], m[kBlock], v[kBlock];
+  uint8_t codes[kBlock];
+};
+
+SANA_EXT_INLINE void load_block(float* to, ConstPtr from, int64_t at, int64_t n) {
+  with_type<float>(from.dtype, from.data, [&](const auto* source) {
+    for_each(n,
+             [&](auto lanes, int64_t i) SANA_EXT_LAMBDA_INLINE { lanes.store(to + i, lanes.load(source + at + i)); });
+  });
+  if (n < kBlock) zero(to + n, kBlock - n);
+}
+
+template <bool kSigned>
+SANA_EXT_INLINE void load_state(float* to, Block& b, const void* state, const float* absmax, int64_t at, int64_t n) {
+  if (absmax == nullptr) {
+    std::memcpy(to, static_cast<const float*>(state) + at, static_cast<size_t>(n) * sizeof(float));
+    if (n < kBlock) zero(to + n, kBlock - n);
+    return;
+  }
+  const uint8_t* codes = static_cast<const uint8_t*>(state) + at;
+  if (n < kBlock) {
+    std::memset(b.codes, kSigned ? kCodeZero : 0, sizeof b.codes);
+    std::memcpy(b.codes, codes, static_cast<size_t>(n));
+    codes = b.codes;
+  }
+  const float scale = absmax[at / kBlock];
+  const float* table = kSigned ? kSignedTable.value : kUnsignedCode.magnitude;
+  for (int64_t i = 0; i < kBlock; i += kLanes) store(to + i, look_up(table, load_bytes(codes + i)) * scale);
+}
+
+// Leaves the values finite.
+template <bool kSigned>
+SANA_EXT_INLINE void store_state(void* state, float* absmax, Block& b, float* from, int64_t at, int64_t n,
+                                 bool keep_sign) {
+  if (absmax == nullptr) {
+    std::memcpy(static_cast<float*>(state) + at, from, static_cast<size_t>(n) * sizeof(float));
+    return;
+  }
+  Vec<float> top[4] = {};
+  for (int64_t i = 0; i < kBlock; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      auto x = at_most(at_least(load(from + i + j * kLanes), -kCodeLargest), kCodeLargest);
+      x = x == x ? x : Vec<float>{};
+      store(from + i + j * kLanes, x);
+      const auto magnitude = reinterpret_cast<Vec<float>>(reinterpret_cast<Vec<uint32_t>>(x) & 0x7fffffffu);
+      top[j] = magnitude > top[j] ? magnitude : top[j];
+    }
+  }
+  float largest = 0;
+  for (int j = 0; j < 4; ++j)
+    for (int lane = 0; lane < kLanes; ++lane) largest = top[j][lane] > largest ? top[j][lane] : largest;
+  const float scale = code_scale(largest), inverse = code_inverse(scale);
+  absmax[at / kBlock] = scale;
+  uint8_t* codes = n < kBlock ? b.codes : static_cast<uint8_t*>(state) + at;
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const auto x = load(from + i) * inverse;
+    store_bytes(codes + i, kSigned ? encode_signed(x) : encode_magnitude(kUnsignedCode, x));
+  }
+  if (keep_sign)
+    for (int64_t i = 0; i < n; ++i) codes[i] = codes[i] == kCodeZero && from[i] < 0 ? kCodeZero - 1 : codes[i];
+  if (n < kBlock) std::memcpy(static_cast<uint8_t*>(state) + at, codes, static_cast<size_t>(n));
+}
+
+SANA_EXT_INLINE void store_parameter(Ptr to, const float* p, int64_t at, int64_t n, int64_t seed) {
+  if (to.dtype != Dtype::kBFloat16 || seed < 0) return store_row<float>(to, at, n, p);
+  uint16_t* target = static_cast<uint16_t*>(to.data) + at;
+  for (int64_t i = 0; i < n; ++i)
+    target[i] =
+        float_to_bfloat16_by_chance(p[i], random_bits(static_cast<uint32_t>(at + i), static_cast<uint32_t>(seed)));
+}
+
+SANA_EXT_INLINE void update(Block& b, const AdamW8bitHyper& h, bool after, bool bf16) {
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const auto g = load(b.g + i) * h.factor;
+    const auto m = load(b.m + i) * h.beta1 + g * h.rest1, v = load(b.v + i) * h.beta2 + g * g * h.rest2;
+    store(b.m + i, m);
+    store(b.v + i, v);
+    const auto step = m / (square_root(v) * h.root + h.eps) * h.size;
+    store(b.p + i, after ? load(b.p + i) - step : load(b.p + i) * h.keep - step);
+  }
+  if (!after) return;
+  for (int64_t i = 0; i < kBlock; ++i) b.p[i] = (bf16 ? bfloat16_to_float(float_to_bfloat16(b.p[i])) : b.p[i]) * h.keep;
+}
+
+}  // namespace
+
+void adamw8bit_step(const AdamW8bit& a, int64_t begin, int64_t end) {
+  Block b;
+  for_each_block(a.tensors, a.count, begin, end, [&](const AdamW8bitTensor& t, int64_t at, int64_t n) {
+    load_block(b.p, t.p, at, n);
+    load_block(b.g, t.g, at, n);
+    load_state<true>(b.m, b, t.state1, t.absmax1, at, n);
+    load_state<false>(b.v, b, t.state2, t.absmax2, at, n);
+    update(b, t.h, a.bitsandbytes_cuda, t.p.dtype == Dtype::kBFloat16);
+    store_parameter(t.p, b.p, at, n, t.seed);
+    store_state<true>(t.state1, t.absmax1, b, b.m, at, n, a.bitsandbytes_cuda);
+    store_state<false>(t.state2, t.absmax2, b, b.v, at, n, false);
+  });
+}
+
+void adamw8bit_check(const AdamW8bitCheck& a, int64_t begin, int64_t end) {
+  bool found = false;
+  for_each_block(a.tensors, a.count, begin, end, [&](const AdamW8bitTensor& t, int64_t at, int64_t n) {
+    with_type<float>(t.g.dtype, t.g.data, [&](const auto* g) {
+      Vec<float> whole{};  // NaN as soon as a product is not finite: 0 * infinity
+      float one = 0;
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) whole += load(g + at + i) * a.factor * 0.0f;
+      for (; i < n; ++i) one += load_one(g + at + i) * a.factor * 0.0f;
+      const float sum = sum_lanes<float>(whole) + one;
+      found = found || sum != sum;
+    });
+  });
+  if (found) __atomic_store_n(a.found, 1, __ATOMIC_RELAXED);
+}
+
+}  // namespace sana_ext::cpu::SANA_EXT_ISA
