@@ -127,16 +127,16 @@ __global__ void __launch_bounds__(kTileThreads, 5) linear_attention_output_kerne
       multiply(denominator, u, z[step]);
     }
     const float own = rstd.take(i);
-    uint32_t word[2][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float scale = __shfl_sync(kAllLanes, own, half * 8 + g);
       const float d = denominator[2 * half] + (a.rstd_q == nullptr ? a.eps : scale == 0.0f ? 0.0f : a.eps / scale);
       const float inverse = d == 0.0f ? 0.0f : 1.0f / d;
+      uint32_t word[4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) word[half][n] = pack<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+      for (int n = 0; n < 4; ++n) word[n] = pack<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+      writer.write(i, half, word);
     }
-    writer.write(i, word);
   }
 }
 

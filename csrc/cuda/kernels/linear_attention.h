@@ -21,6 +21,9 @@ namespace sana_ext::cuda {
 // Register budget, checked by `make kernels`: outer_products_generic_kernel 80, output_generic_kernel 64
 // Register budget, checked by `make kernels`: rows_generic_kernel 64
 // Register budget, checked by `make kernels`: backward_q_generic_kernel 64, backward_k_generic_kernel 64
+// Machine code, checked by `make kernels`: linear_attention_*_kernel<*>: HMMA LDSM LDGSTS.128
+// Machine code, checked by `make kernels`: linear_attention_output_kernel<*>: STG.128; row_rstd_kernel<true>: LDG.128
+// Machine code, checked by `make kernels`: linear_attention_backward_*_kernel<*, false>: STG.128
 
 // A pass is tuned for heads of this many channels, all its rows of one 16-bit dtype and multiples of 16 bytes apart.
 constexpr int64_t kLinearAttentionTunedDim = 32;

@@ -66,7 +66,6 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     }
     const float own_rstd = rstd.take(i), own_row_sum = row_sums.take(i);
     float inverse[2];
-    uint32_t word[2][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // token g, token g + 8
       float d = 0.0f, s = 0.0f;
@@ -89,6 +88,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
       }
       const float through_norm = a.eps * row_rstd / static_cast<float>(a.size.H * kHeadDim) *
                                  __shfl_sync(kAllLanes, own_row_sum, half * 8 + g);
+      uint32_t word[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         float dq[2];
@@ -104,11 +104,11 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
           unpack<T>(signed_q, x, y);
           dq[0] += x * through_norm, dq[1] += y * through_norm;
         }
-        word[half][n] = pack<T>(dq[0], dq[1]) ^ row_sign[n / 2][n % 2];
+        word[n] = pack<T>(dq[0], dq[1]) ^ row_sign[n / 2][n % 2];
       }
+      writer.write(i, half, word);
     }
     if (kRowsOnly) continue;
-    writer.write(i, word);
     float scale[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e)
@@ -216,12 +216,12 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>) linear_attention_bac
       for (int n = 0; n < 4; ++n) multiply(dv[n], terms, for_v[step][n]);
     }
     const float own_rstd = rstd.take(i), own_row_sum = row_sums.take(i);
-    uint32_t word_k[2][4], word_v[2][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // token g, token g + 8
       const float row_rstd = a.rstd_k == nullptr ? 1.0f : __shfl_sync(kAllLanes, own_rstd, half * 8 + g);
       const float row_sum_all = __shfl_sync(kAllLanes, own_row_sum, half * 8 + g);
       const float through_norm = row_rstd * row_rstd * row_rstd / static_cast<float>(a.size.H * kHeadDim) * row_sum_all;
+      uint32_t word_k[4], word_v[4];
       float c = 0.0f;
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -234,17 +234,18 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>) linear_attention_bac
           dk[e] = row_rstd * gradient;
           if (a.rstd_k != nullptr) dk[e] -= x[e] * through_norm;
         }
-        word_k[half][n] = pack<T>(dk[0], dk[1]) ^ sign[n / 2][n % 2];
-        word_v[half][n] = pack<T>(dv[n][2 * half] * row_rstd, dv[n][2 * half + 1] * row_rstd);
+        word_k[n] = pack<T>(dk[0], dk[1]) ^ sign[n / 2][n % 2];
+        word_v[n] = pack<T>(dv[n][2 * half] * row_rstd, dv[n][2 * half + 1] * row_rstd);
       }
-      if (!kRowsOnly) continue;
+      if (!kRowsOnly) {
+        write_dk.write(i, half, word_k);
+        write_dv.write(i, half, word_v);
+        continue;
+      }
       c = row_sum(c);
       const int64_t token = unit.first + i * kTileTokens + half * 8 + g;
       if (t_column == 0 && token < unit.first + unit.tokens) store_global(args.rows + head * a.size.N + token, c);
     }
-    if (kRowsOnly) continue;
-    write_dk.write(i, word_k);
-    write_dv.write(i, word_v);
   }
 }
 

@@ -243,7 +243,7 @@ __device__ inline void exchange(uint32_t (&word)[4]) {
   }
 }
 
-// Writes rows of 16 tokens, word[half][n] holding channels 8 n + t and 8 n + t + 1 of token g + 8 half.
+// Writes rows of 8 tokens, word[n] holding channels 8 n + t and 8 n + t + 1 of token 8 half + g of tile i.
 template <class T>
 class RowWriter {
  public:
@@ -252,15 +252,11 @@ class RowWriter {
             threadIdx.x % 4 * kChunk),
         stride_(x.stride_n),
         tokens_(u.tokens) {}
-  __device__ void write(int i, uint32_t (&word)[2][4]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      exchange(word[half]);
-      const int token = i * kTileTokens + half * 8 + static_cast<int>(threadIdx.x % kWarpSize / 4);
-      if (token < tokens_)
-        store_global(reinterpret_cast<Bytes16*>(to_ + token * stride_),
-                     Bytes16{{word[half][0], word[half][1], word[half][2], word[half][3]}});
-    }
+  __device__ void write(int i, int half, uint32_t (&word)[4]) const {
+    exchange(word);
+    const int token = i * kTileTokens + half * 8 + static_cast<int>(threadIdx.x % kWarpSize / 4);
+    if (token < tokens_)
+      store_global(reinterpret_cast<Bytes16*>(to_ + token * stride_), Bytes16{{word[0], word[1], word[2], word[3]}});
   }
 
  private:

@@ -136,9 +136,12 @@ template <class T>
 __device__ inline void store_global(T* p, T value) {
   *p = value;
 }
+// In PTX, since the compiler splits some assignments of a uint4 into four stores.
 template <>
 __device__ inline void store_global(Bytes16* p, Bytes16 v) {
-  *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 
 // Shared memory
@@ -170,8 +173,8 @@ __device__ inline Bytes16 load_shared16(const T* p) {
   return load_global(reinterpret_cast<const Bytes16*>(p));
 }
 template <class T>
-__device__ inline void store_shared16(T* p, const Bytes16& value) {
-  store_global(reinterpret_cast<Bytes16*>(p), value);
+__device__ inline void store_shared16(T* p, const Bytes16& v) {
+  *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 
 // Four aligned bytes of shared memory.
