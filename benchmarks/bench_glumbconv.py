@@ -23,19 +23,27 @@ def eager_ffn(x, w_in, b_in, weight, bias, w_out, side):
 
 def case(args, B, side, name, dtype, direction):
     side, C, hidden = (8, 64, 160) if args.quick else (side, args.channels, args.channels * 5 // 2)
+    op = f"{name} {direction}"
+    shape = f"{B}x{side}x{side}x{2 * hidden if name == 'dwconv_glu' else C}"
+    if not harness.wanted(args, op, shape, dtype):
+        return None
     torch.manual_seed(0)
-    stencil = {"weight": torch.randn(2 * hidden, 1, 3, 3) / 3, "bias": torch.randn(2 * hidden) * 0.1}
+
+    def randn(*size):
+        return torch.randn(size, device=args.device)
+
+    stencil = {"weight": randn(2 * hidden, 1, 3, 3) / 3, "bias": randn(2 * hidden) * 0.1}
     if name == "dwconv_glu":
-        inputs = {"u": torch.randn(B, side * side, 2 * hidden), **stencil}
+        inputs = {"u": randn(B, side * side, 2 * hidden), **stencil}
         eager, flops, units = lambda **v: eager_stencil(side=side, **v), 0, 3 if direction == "forward" else 5
         ours = lambda u, weight, bias: sana_ext.dwconv_glu(u, weight, bias, side, side)  # noqa: E731
     else:
         inputs = {
-            "x": torch.randn(B, side * side, C),
-            "w_in": torch.randn(2 * hidden, C, 1, 1) / C**0.5,
-            "b_in": torch.randn(2 * hidden) * 0.1,
+            "x": randn(B, side * side, C),
+            "w_in": randn(2 * hidden, C, 1, 1) / C**0.5,
+            "b_in": randn(2 * hidden) * 0.1,
             **stencil,
-            "w_out": torch.randn(C, hidden, 1, 1) / hidden**0.5,
+            "w_out": randn(C, hidden, 1, 1) / hidden**0.5,
         }
         eager, units = lambda **v: eager_ffn(side=side, **v), 0
         flops = 6.0 * B * side * side * C * hidden * (1 if direction == "forward" else 2)
@@ -43,13 +51,13 @@ def case(args, B, side, name, dtype, direction):
         def ours(x, w_in, b_in, weight, bias, w_out):
             return sana_ext.glumbconv(x, w_in, b_in, weight, bias, w_out, side, side)
 
-    inputs = {k: v.to(args.device, dtype) for k, v in inputs.items()}
+    inputs = {k: v.to(dtype) for k, v in inputs.items()}
     functions = {"eager": eager, "ours": ours}
     if not args.no_compile:
         functions["compile"] = harness.compiled(eager)
     return harness.Case(
-        f"{name} {direction}",
-        f"{B}x{side}x{side}x{2 * hidden}" if name == "dwconv_glu" else f"{B}x{side}x{side}x{C}",
+        op,
+        shape,
         dtype,
         {k: getattr(harness, direction)(fn, inputs) for k, fn in functions.items()},
         harness.gate(ours, eager, inputs, gradients=direction == "backward"),

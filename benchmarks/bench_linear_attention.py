@@ -39,17 +39,21 @@ def ours(q, k, v, weight_q=None, weight_k=None):
 def case(args, B, tokens, norm, dtype, direction):
     heads, tokens = (4, 64) if args.quick else (args.heads, tokens)
     C = heads * DIM
+    op, shape = f"linear_attention{', qk-norm' if norm else ''} {direction}", f"{B}x{tokens}x{heads}x{DIM}"
+    if not harness.wanted(args, op, shape, dtype):
+        return None
     torch.manual_seed(0)
-    inputs = {name: torch.randn(B, tokens, C).to(args.device, dtype) for name in "qkv"}
+    inputs = {name: torch.randn(B, tokens, C, device=args.device).to(dtype) for name in "qkv"}
     if norm:
-        inputs |= {name: (1 + 0.2 * torch.randn(C)).to(args.device, dtype) for name in ("weight_q", "weight_k")}
+        weights = {name: 1 + 0.2 * torch.randn(C, device=args.device) for name in ("weight_q", "weight_k")}
+        inputs |= {name: w.to(dtype) for name, w in weights.items()}
     functions = {"eager": eager, "ours": ours}
     if not args.no_compile:
         functions["compile"] = harness.compiled(eager)
     backward = direction == "backward"
     return harness.Case(
-        f"linear_attention{', qk-norm' if norm else ''} {direction}",
-        f"{B}x{tokens}x{heads}x{DIM}",
+        op,
+        shape,
         dtype,
         {name: getattr(harness, direction)(fn, inputs) for name, fn in functions.items()},
         harness.gate(ours, eager, inputs, gradients=backward),

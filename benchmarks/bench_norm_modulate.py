@@ -31,15 +31,19 @@ OPS = {
 def case(args, B, N, name, dtype, direction):
     N, C = (64, 256) if args.quick else (N, args.channels)
     eager, names, forward_units, backward_units = OPS[name]
+    op, shape = f"{name} {direction}", f"{B}x{N}x{C}"
+    if not harness.wanted(args, op, shape, dtype):
+        return None
     torch.manual_seed(0)
-    inputs = {k: (torch.randn(B, N, C) if k in "xy" else torch.randn(B, C)).to(args.device, dtype) for k in names}
+    sizes = {k: (B, N, C) if k in "xy" else (B, C) for k in names}
+    inputs = {k: torch.randn(size, device=args.device).to(dtype) for k, size in sizes.items()}
     functions = {"eager": eager, "ours": getattr(sana_ext, name)}
     if not args.no_compile:
         functions["compile"] = harness.compiled(eager)
     units = backward_units if direction == "backward" else forward_units
     return harness.Case(
-        f"{name} {direction}",
-        f"{B}x{N}x{C}",
+        op,
+        shape,
         dtype,
         {k: getattr(harness, direction)(fn, inputs) for k, fn in functions.items()},
         harness.gate(functions["ours"], eager, inputs, gradients=direction == "backward"),

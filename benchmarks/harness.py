@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,13 @@ import tables
 import torch
 
 EPS32 = torch.finfo(torch.float32).eps
-FORCING = ("SANA_EXT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+FORCING = (
+    "SANA_EXT_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "TORCHINDUCTOR_MAX_AUTOTUNE",
+)
 
 
 @dataclass
@@ -53,21 +59,33 @@ def arguments(description: str, **integers: int | tuple[int, ...]) -> argparse.N
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     parser.add_argument("--images", type=int, nargs="+", default=[1], metavar="B", help="batch sizes (default 1)")
     parser.add_argument("--cold", action="store_true", help="empty the GPU's L2 cache before every call")
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs: the kernels' time, not the launches'")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds per case (default 9)")
     parser.add_argument("--quick", action="store_true", help="small shapes, 2 rounds: checks that the benchmark runs")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile column")
-    parser.add_argument("--only", default="", help="run only the cases whose name contains this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="run only cases with all this in their name"
+    )
     parser.add_argument("--json", type=Path, help="append the results to this file (default: print the table only)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    if args.cold and args.device != "cuda":
-        parser.error("--cold needs --device cuda")
+    if (args.cold or args.graph) and args.device != "cuda":
+        parser.error("--cold and --graph need --device cuda")
     if args.quick:
         args.rounds = 2
     torch.set_num_threads(args.threads)
     return args
+
+
+def wanted(args: argparse.Namespace, op: str, shape: str, dtype: torch.dtype) -> bool:
+    """Whether --only picks the case; asked before its tensors or models are made."""
+    return all(text in label(op, shape, dtype) for text in args.only)
+
+
+def label(op: str, shape: str, dtype: torch.dtype) -> str:
+    return f"{op} {shape} {short(dtype)}"
 
 
 def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -111,8 +129,8 @@ def assert_no_worse(name: str, ours: torch.Tensor, peer: torch.Tensor, truth: to
 
 
 def cotangent(out: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(out.numel())
-    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    generator = torch.Generator(out.device).manual_seed(out.numel())
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64, device=out.device).to(out)
 
 
 def forward(fn: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
@@ -123,13 +141,27 @@ def forward(fn: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Callable
     return run
 
 
-def backward(fn: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    """Times the backward alone: the graph is built once and kept."""
-    given = dict(zip(inputs, leaves(*inputs.values())))
-    out = fn(**given)
-    outs = out if isinstance(out, tuple) else (out,)
-    cotangents = [cotangent(o) for o in outs]
-    return lambda: torch.autograd.grad(outs, list(given.values()), cotangents, retain_graph=True)
+class backward:
+    """Times the backward alone: the graph is built at the first call and kept; `saved` is its size in bytes, on a GPU."""
+
+    def __init__(self, fn: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> None:
+        self.fn, self.inputs = fn, inputs
+        self.saved: int | None = None
+        self.built: tuple[Any, Any, Any] | None = None
+
+    def __call__(self) -> Any:
+        if self.built is None:
+            given = dict(zip(self.inputs, leaves(*self.inputs.values())))
+            self.fn(**given)  # what a first call alone allocates, tables and compiled code, does not count
+            before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+            out = self.fn(**given)
+            outs = out if isinstance(out, tuple) else (out,)
+            if torch.cuda.is_available():
+                kept = sum(o.numel() * o.element_size() for o in outs)
+                self.saved = torch.cuda.memory_allocated() - before - kept
+            self.built = outs, list(given.values()), [cotangent(o) for o in outs]
+        outs, given, cotangents = self.built
+        return torch.autograd.grad(outs, given, cotangents, retain_graph=True)
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,15 +200,33 @@ def evictor() -> Callable[[], Any]:
     return buffer.zero_
 
 
-def measure(case: Case, rounds: int, device: str, cold: bool = False) -> dict[str, Any]:
+def captured(fn: Callable[[], Any]) -> Callable[[], Any]:
+    """fn as one CUDA graph; fn itself, said in so many words, where it cannot be captured."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):  # a backward runs on its forward's stream: all on one
+            for _ in range(3):
+                fn()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            fn()
+    except RuntimeError as error:
+        print(f"timed without a graph: {str(error).splitlines()[0]}")
+        return fn
+    return graph.replay
+
+
+def measure(case: Case, rounds: int, device: str, cold: bool = False, graph: bool = False) -> dict[str, Any]:
     evict = evictor() if cold else None
+    columns = {name: captured(fn) if graph else fn for name, fn in case.columns.items()}
     repeats = {}
-    for name, fn in case.columns.items():  # warm up, and choose repeats so that one sample lasts at least 20 ms
+    for name, fn in columns.items():  # warm up, and choose repeats so that one sample lasts at least 20 ms
         fn()
         repeats[name] = max(1, int(0.02 / max(time_once(fn, device, 1), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in case.columns}
     for _ in range(case.rounds or rounds):
-        for name, fn in case.columns.items():
+        for name, fn in columns.items():
             samples[name].append(time_once(fn, device, repeats[name], evict))
     result: dict[str, Any] = {"ms": {name: 1e3 * statistics.median(s) for name, s in samples.items()}, "ratio": {}}
     for name in samples:
@@ -184,6 +234,11 @@ def measure(case: Case, rounds: int, device: str, cold: bool = False) -> dict[st
             ratios = sorted(a / b for a, b in zip(samples[name], samples["ours"]))
             quartiles = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
             result["ratio"][name] = [statistics.median(ratios), *quartiles]
+    saved = {name: getattr(fn, "saved", None) for name, fn in case.columns.items()}
+    if any(size is not None for size in saved.values()):
+        result["saved_MB"] = {name: round(size / 1e6, 1) for name, size in saved.items() if size is not None}
+    if graph:
+        result["without_graph"] = [name for name, fn in columns.items() if fn is case.columns[name]]
     return result
 
 
@@ -234,8 +289,11 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def run(cases: list[Callable[[], Case]], args: argparse.Namespace) -> None:
-    """Gates, times and prints every case; cases are built one at a time so that their memory is freed in between."""
+def run(cases: Sequence[Callable[[], Case | None]], args: argparse.Namespace) -> None:
+    """Gates, times, prints and records every case; cases are built one at a time so that their memory is freed in between.
+
+    A case that --only leaves out may be None.
+    """
     device = args.device
     limits = ceilings(device)
     head = machine(device, args.threads) | {"ceilings": {k: round(v, 1) for k, v in limits.items()}}
@@ -245,30 +303,53 @@ def run(cases: list[Callable[[], Case]], args: argparse.Namespace) -> None:
         print("forced:", " ".join(f"{k}={v}" for k, v in head["forced"].items()))
     print("ceilings:", ", ".join(f"{k} {v:.0f}" for k, v in limits.items()))
     print("", *tables.LINES, sep="\n")
-    failed, rows = [], []
+    failed: list[str] = []
+    rows: list[dict[str, Any]] = []
+    record = recorder(args.json, head, rows)
+    record()
+    case = None
     for build in cases:
-        case = build()  # the previous case is freed here
-        label = f"{case.op} {case.shape} {short(case.dtype)}"
-        if args.only not in label:
+        case = None  # freed before the next one is made
+        case = build()
+        if case is None or not wanted(args, case.op, case.shape, case.dtype):
             continue
         if args.no_compile:
             case.columns.pop("compile", None)
         try:
             case.gate()
+            result = measure(case, args.rounds, device, args.cold, args.graph)
+        except torch.OutOfMemoryError:
+            print(f"| {case.op} | {case.shape} | {short(case.dtype)} | does not fit the memory |", flush=True)
+            continue
         except AssertionError as error:
-            failed.append(label)
+            failed.append(label(case.op, case.shape, case.dtype))
             print(f"| {case.op} | {case.shape} | {short(case.dtype)} | wrong: {error} |", flush=True)
             continue
-        result = measure(case, args.rounds, device, args.cold)
         rate = limits["fp32_GFLOPs"]
         if case.dtype.itemsize == 2:  # 16-bit operands can always be taken to fp32
             rate = max(rate, limits["bf16_GFLOPs"])
         floor = 1e3 * max(case.flops / rate / 1e9, case.bytes / limits["copy_GBps"] / 1e9)
         rows.append({"op": case.op, "shape": case.shape, "dtype": short(case.dtype), "floor_ms": floor} | result)
         print(tables.line(rows[-1]), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        previous = json.loads(args.json.read_text()) if args.json.exists() else []
-        args.json.write_text(json.dumps([*previous, head | {"rows": rows}], indent=1) + "\n")
+        if "saved_MB" in result:
+            print(
+                "kept for the backward, MB:", ", ".join(f"{k} {v}" for k, v in result["saved_MB"].items()), flush=True
+            )
+        record()
     if failed:
         raise SystemExit(f"wrong results, not timed: {', '.join(failed)}")
+
+
+def recorder(path: Path | None, head: dict[str, Any], rows: list[dict[str, Any]]) -> Callable[[], None]:
+    """Appends the run to the file; called after every case, so that an interruption loses one."""
+    if path is None:
+        return lambda: None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    previous = json.loads(path.read_text()) if path.exists() else []
+
+    def record() -> None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps([*previous, head | {"rows": rows}], indent=1) + "\n")
+        part.replace(path)
+
+    return record

@@ -42,7 +42,7 @@ def section(run: dict[str, Any]) -> str:
 def tables(folder: Path = HERE / "results") -> str:
     sections = []
     for path in sorted(folder.glob("*.json")):
-        latest = {run["command"]: run for run in json.loads(path.read_text())}
+        latest = {(run["command"], *run["forced"].items()): run for run in json.loads(path.read_text())}
         sections += [section(run) for run in latest.values()]
     return "\n" + "\n".join(sections) + "\n"
 

@@ -94,6 +94,47 @@ def test_a_right_result_is_recorded(harness, monkeypatch, tmp_path, capsys):
     assert "| double | 4x50 | float32 |" in capsys.readouterr().out
 
 
+def test_an_interruption_loses_one_case(harness, monkeypatch, tmp_path):
+    path = tmp_path / "r.json"
+    monkeypatch.setattr(
+        harness, "ceilings", lambda device: dict.fromkeys(("copy_GBps", "fp32_GFLOPs", "bf16_GFLOPs"), 1.0)
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["bench.py", "--quick", "--threads", str(torch.get_num_threads()), "--json", str(path)]
+    )
+
+    def killed():
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            harness.run([lambda: case(harness, lambda x: x + x, []), killed], harness.arguments(""))
+    assert [len(record["rows"]) for record in json.loads(path.read_text())] == [1, 1]
+
+
+@pytest.mark.parametrize("bench", ["linear_attention", "norm_modulate", "glumbconv", "model"])
+def test_what_only_leaves_out_is_not_made(harness, monkeypatch, bench):
+    """A transformer of 1.6 billion parameters takes minutes."""
+    if bench == "model":
+        pytest.importorskip("diffusers")
+    module = pytest.importorskip(f"bench_{bench}")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "no such case", "float32"])
+    args = harness.arguments("", tokens=64, heads=2, channels=64, pixels=512, loop=1)
+    monkeypatch.setattr(torch, "manual_seed", None)
+    arguments = {
+        "linear_attention": [(args, 1, 64, True, torch.float32, "forward")],
+        "norm_modulate": [(args, 1, 64, "norm_modulate", torch.float32, "backward")],
+        "glumbconv": [(args, 1, 8, "dwconv_glu", torch.float32, "forward")],
+    }
+    if bench == "model":
+        assert module.block_case(args, 1, torch.float32, "forward") is None
+        assert module.step_case(args, torch.bfloat16) is None
+    else:
+        assert all(module.case(*given) is None for given in arguments[bench])
+    assert harness.wanted(args, "no such case forward", "4x4", torch.float32)
+    assert not harness.wanted(args, "no such case forward", "4x4", torch.bfloat16)
+
+
 @pytest.fixture
 def gpu_script(tmp_path):
     """benchmarks/gpu.sh with programs that only write down how they were called; a call that names `broken` fails."""
@@ -118,10 +159,10 @@ def gpu_script(tmp_path):
 def test_gpu_script_runs_what_is_missing(gpu_script):
     code, error, calls = gpu_script("ops", "train", broken="norm_modulate")
     assert code == 1
-    assert "failed: ops-norm-2\n" in error
+    assert "failed: ops-norm--cold\n" in error
     assert "attention" not in error
     total = len(calls)
-    assert total > 20
+    assert total > 15
     code, error, calls = gpu_script("ops", "train")
     assert (code, error) == (0, "")
     assert 0 < len(calls) < total
@@ -131,10 +172,14 @@ def test_gpu_script_runs_what_is_missing(gpu_script):
     assert code == 0
     assert any("pytest" in call for call in calls)
     assert any("loop 20" in call for call in calls)
+    assert gpu_script("autotune")[2] != []
 
 
 def test_gpu_script_says_what_it_cannot_do(gpu_script):
-    assert gpu_script("opps")[:2] == (2, "gpu.sh: no stage opps; there are build check sanitize ops model train all\n")
+    assert gpu_script("opps")[:2] == (
+        2,
+        "gpu.sh: no stage opps; there are build check sanitize ops model train autotune all\n",
+    )
     code, error, calls = gpu_script()
     assert (code, calls) == (2, [])
     assert "benchmarks/gpu.sh all" in error

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from diffusers_models import SMALL, inputs, run, transformer
 from helpers import needs_gpu
 
 import sana_ext
 from sana_ext._model import GRAPHS
+
+pytest.importorskip("diffusers")
+from diffusers_models import SMALL, inputs, run, transformer
 
 pytestmark = needs_gpu
 
