@@ -58,7 +58,7 @@ class Hyper:
         if not bitsandbytes_cuda:
             return Hyper(beta1, 1 - beta1, beta2, 1 - beta2, lr / correct1, 1 / correct2, eps, keep, factor)
         size, eps = lr * correct2 / correct1, eps * correct2
-        return Hyper(beta1, _rest32(beta1), beta2, _rest32(beta2), size, 1.0, eps, keep, factor)
+        return Hyper(beta1, rest32(beta1), beta2, rest32(beta2), size, 1.0, eps, keep, factor)
 
     def row(self) -> list[float]:
         return list(astuple(self))
@@ -115,7 +115,7 @@ def adamw(
     return p * h.keep - update, m, v
 
 
-def _rest32(beta: float) -> float:
+def rest32(beta: float) -> float:
     """1 - beta as fp32 arithmetic has it."""
     one = torch.ones((), dtype=torch.float32)
     return (one - torch.tensor(beta, dtype=torch.float32)).item()
