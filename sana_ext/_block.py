@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from . import _guards as guards
+from . import _packed as packing
 from . import _text_cache as text_cache
 from ._reversible import Reversible
 from .ops.cross_attention import cross_attention
@@ -162,6 +163,18 @@ def _plain(attn: Any, operand: guards.Operand) -> bool:
     return not any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers)
 
 
+def _projections(attn: Any, n: torch.Tensor, operand: guards.Operand) -> tuple[torch.Tensor, ...]:
+    """q, k and v [B, N, H * D], by one product where their weights lie together."""
+    names = ("to_q", "to_k", "to_v")
+    if not (torch.is_grad_enabled() or operand.autocast or torch.compiler.is_compiling()):
+        layers = [guards.child(attn, name) for name in names]
+        if not any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers):
+            together = packing.packed(layers)
+            if together is not None:
+                return linear(n, *together).chunk(3, -1)
+    return tuple(_linear(attn, name, n, operand) for name in names)
+
+
 def _linear(attn: Any, name: str, x: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
     """A stock layer's product; any other layer (LoRA, quantised, offloaded, hooked) is called as the module it is."""
     layer = guards.child(attn, name)
@@ -176,7 +189,7 @@ def _output(attn: Any, x: torch.Tensor, operand: guards.Operand) -> torch.Tensor
 
 
 def _self_attention(attn: Any, n: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
-    q, k, v = (_linear(attn, name, n, operand) for name in ("to_q", "to_k", "to_v"))  # [B, N, H * D]
+    q, k, v = _projections(attn, n, operand)
     norm_q, norm_k = guards.child(attn, "norm_q"), guards.child(attn, "norm_k")
     norm = norm_k if norm_q is None else norm_q
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))
