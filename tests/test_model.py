@@ -192,3 +192,21 @@ def test_bad_input(change, match):
     _, ours = pair()
     with pytest.raises(ValueError, match=match):
         ours(*(batch() | change).values())
+
+
+@torch.no_grad()
+def test_a_projected_text_takes_the_place_of_text_and_mask():
+    _, model = pair()
+    latents, t = rand(1, 3, 4, 8, 8).float(), torch.tensor([4.0, 32.0, 500.0])
+    text, mask = rand(2, 3, 5, 20).float(), torch.ones(3, 5)
+    mask[0, 2:] = 0
+    projected = model.project(text, mask)
+    assert torch.equal(model(latents, projected, t), model(latents, text, t, mask))
+    last = model(latents[1:], projected.last(2), t[1:])
+    torch.testing.assert_close(last, model(latents[1:], text[1:], t[1:], mask[1:]))
+    assert torch.equal(model(latents, model.project(text), t), model(latents, text, t))
+    for wrong in ((latents[:2], projected, t[:2]), (latents, projected, t, mask)):
+        with pytest.raises(ValueError, match="a projected text must be this model's, of"):
+            model(*wrong)
+    with pytest.raises(ValueError, match="text_mask must be"):
+        model.project(text, mask[:2])

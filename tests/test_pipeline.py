@@ -143,6 +143,20 @@ def test_outside_the_interval_the_model_is_asked_once(pipe, monkeypatch):
     assert sorted(set(rows)) == [1, 2]
 
 
+def test_the_text_is_projected_once(pipe, monkeypatch):
+    """And the pictures are those of a projection at every step, to the last bit."""
+    calls = []
+    layer = pipe.transformer.transformer_blocks[1].attn2.to_k
+    handle = layer.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    arguments = {"steps": 5, "guidance": 6.0, "guidance_interval": (0.3, 0.9), "negative_prompt": "two squares"}
+    once = pixels(pipe(PROMPTS, n=2, batch_size=2, **arguments))
+    assert calls == [4, 4]  # two batches of two pictures with guidance
+    monkeypatch.setattr("sana15.pipeline.KEPT_TEXT", 0)
+    assert np.array_equal(once, pixels(pipe(PROMPTS, n=2, batch_size=2, **arguments)))
+    assert len(calls) == 2 + 2 * 5
+    handle.remove()
+
+
 def test_any_part_of_a_run_gives_the_pictures_of_the_run(pipe):
     settings = Sampling(seed=3, steps=2)
     whole = pixels(pipe(PROMPTS, n=3, seed=3, steps=2))

@@ -8,6 +8,7 @@ B batch, h x w latent grid, N = h*w tokens, T text tokens, C width, H heads, D h
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -82,10 +83,15 @@ class CrossAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = Linear(C, C), Linear(C, C), Linear(C, C)
         self.to_out = nn.ModuleList([Linear(C, C)])
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        # x [B, N, C], text [B, T, C], bias [B, 1, T]
-        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(text)), self.to_v(text)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
+    def keys_and_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, T, C] -> twice [B, T, C]
+        return self.norm_k(self.to_k(text)), self.to_v(text)
+
+    def forward(
+        self, x: torch.Tensor, text: torch.Tensor | tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        # x [B, N, C], text [B, T, C] or its keys and values, bias [B, 1, T]
+        k, v = self.keys_and_values(text) if isinstance(text, torch.Tensor) else text
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.norm_q(self.to_q(x)), k, v))
         return self.to_out[0](sana_ext.cross_attention(q, k, v, bias).flatten(2).to(q.dtype))
 
 
@@ -124,7 +130,7 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,  # [B, N, C], the residual stream
         n: torch.Tensor,  # [B, N, C], x normalised and modulated for this block's attention
-        text: torch.Tensor,  # [B, T, C]
+        text: torch.Tensor | tuple[torch.Tensor, torch.Tensor],  # [B, T, C], or its keys and values
         bias: torch.Tensor | None,  # [B, 1, T]
         t6: torch.Tensor,  # [B, 6, C]
         next_shift: torch.Tensor,  # [B, C], the modulation of what follows this block
@@ -235,6 +241,17 @@ def position_embedding(
     return torch.cat([columns, rows], -1).flatten(0, 1).float()
 
 
+class Text(NamedTuple):
+    """A text as the blocks' cross-attentions see it: what does not change from one denoising step to the next."""
+
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [B, T, C] of every block
+    bias: torch.Tensor | None  # [B, 1, T]
+
+    def last(self, B: int) -> Text:
+        """Of the last B of its images."""
+        return Text([(k[-B:], v[-B:]) for k, v in self.pairs], None if self.bias is None else self.bias[-B:])
+
+
 class SanaTransformer(nn.Module):
     """Latents, text features and a timestep in; the flow's velocity out.
 
@@ -258,10 +275,23 @@ class SanaTransformer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, C) / C**0.5)
         self.proj_out = Linear(C, config.patch_size**2 * config.out_channels)
 
+    def project(self, text: torch.Tensor, text_mask: torch.Tensor | None = None) -> Text:
+        """What forward takes in place of text and mask, to be computed once for many steps. It keeps the weights' values."""
+        self._check_text(text, text_mask, text.shape[0])
+        states = self._states(text)
+        pairs = [block.attn2.keys_and_values(states) for block in self.transformer_blocks]  # type: ignore[union-attr,operator]
+        return Text(pairs, self._bias(text_mask, states.dtype))
+
+    def _states(self, text: torch.Tensor) -> torch.Tensor:
+        return self.caption_norm(self.caption_projection(text))
+
+    def _bias(self, text_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if text_mask is None else ((1 - text_mask.to(dtype)) * MASKED)[:, None]
+
     def forward(
         self,
         latents: torch.Tensor,
-        text: torch.Tensor,
+        text: torch.Tensor | Text,
         timestep: torch.Tensor,
         text_mask: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
@@ -270,9 +300,9 @@ class SanaTransformer(nn.Module):
 
         Args:
             latents: [B, in_channels, H, W], float; H and W multiples of the patch size.
-            text: [B, T, caption_channels], float, the text encoder's features.
+            text: [B, T, caption_channels], float, the text encoder's features; or what `project` made of them.
             timestep: [B], 1000 * sigma (0 clean, 1000 noise).
-            text_mask: [B, T], 1 or True = keep; None keeps all.
+            text_mask: [B, T], 1 or True = keep; None keeps all, or what `project` was given.
             guidance: [B], guidance scale times guidance_embeds_scale; exactly for models with guidance_embeds.
 
         Returns:
@@ -286,15 +316,17 @@ class SanaTransformer(nn.Module):
         height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
         x = self.patch_embed(latents).contiguous()
         embedded, t6 = self.time_embed(timestep, guidance, x.dtype)
-        text = self.caption_norm(self.caption_projection(text))
-        bias = None if text_mask is None else ((1 - text_mask.to(x.dtype)) * MASKED)[:, None]
+        blocks: list[Block] = list(self.transformer_blocks)  # type: ignore[arg-type]
+        if isinstance(text, Text):
+            bias, texts = text.bias, text.pairs
+        else:
+            bias, texts = self._bias(text_mask, x.dtype), [self._states(text)] * len(blocks)
         final_shift, final_scale = (self.scale_shift_table + embedded[:, None]).unbind(1)
 
-        blocks: list[Block] = list(self.transformer_blocks)  # type: ignore[arg-type]
         following = [block.modulation(t6)[:2] for block in blocks] + [(final_shift, final_scale)]
         n = sana_ext.norm_modulate(x, *following[0], eps=self.config.norm_eps)
-        for block, (shift, scale) in zip(blocks, following[1:]):
-            arguments = (x, n, text, bias, t6, shift, scale, height, width)
+        for block, states, (shift, scale) in zip(blocks, texts, following[1:]):
+            arguments = (x, n, states, bias, t6, shift, scale, height, width)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, n = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -306,7 +338,7 @@ class SanaTransformer(nn.Module):
     def _check(
         self,
         latents: torch.Tensor,
-        text: torch.Tensor,
+        text: torch.Tensor | Text,
         timestep: torch.Tensor,
         text_mask: torch.Tensor | None,
         guidance: torch.Tensor | None,
@@ -319,14 +351,22 @@ class SanaTransformer(nn.Module):
             raise ValueError(
                 f"latents' sides must be positive multiples of the patch size {patch}, got {list(latents.shape[2:])}"
             )
-        if text.dim() != 3 or text.shape[0] != B or text.shape[2] != config.caption_channels or text.shape[1] == 0:
-            raise ValueError(f"text must be [{B}, T, {config.caption_channels}] with T >= 1, got {list(text.shape)}")
+        if isinstance(text, Text):
+            if text_mask is not None or len(text.pairs) != config.num_layers or text.pairs[0][0].shape[0] != B:
+                raise ValueError(f"a projected text must be this model's, of {B} images, and brings its mask")
+        else:
+            self._check_text(text, text_mask, B)
         if timestep.shape != (B,):
             raise ValueError(f"timestep must have shape [{B}], got {list(timestep.shape)}")
-        if text_mask is not None and text_mask.shape != text.shape[:2]:
-            raise ValueError(f"text_mask must be {list(text.shape[:2])}, got {list(text_mask.shape)}")
         if (guidance is not None) != config.guidance_embeds:
             raise ValueError(
                 "this model takes the guidance scale as an input: pass guidance" if config.guidance_embeds else
                 "this model has no guidance embedding: guidance must be None"
             )  # fmt: skip
+
+    def _check_text(self, text: torch.Tensor, text_mask: torch.Tensor | None, B: int) -> None:
+        channels = self.config.caption_channels
+        if text.dim() != 3 or text.shape[0] != B or text.shape[2] != channels or text.shape[1] == 0:
+            raise ValueError(f"text must be [{B}, T, {channels}] with T >= 1, got {list(text.shape)}")
+        if text_mask is not None and text_mask.shape != text.shape[:2]:
+            raise ValueError(f"text_mask must be {list(text.shape[:2])}, got {list(text_mask.shape)}")

@@ -15,11 +15,14 @@ from . import flow
 from .autoencoder import Autoencoder
 from .config import SanaConfig
 from .files import DataError, read_json
-from .model import SanaTransformer
+from .model import SanaTransformer, Text
 from .text import GemmaTextEncoder, MiniTextEncoder, TextEncoder
 
 MINI = Path(__file__).parent / "assets" / "mini"
 LARGEST = 4  # times the side that a model was made for
+KEPT_TEXT = (
+    2 << 30
+)  # bytes of the text's keys and values that are kept between steps; larger ones are made at every step
 
 
 def noise(seed: int, prompt_index: int, candidate: int, shape: Sequence[int]) -> torch.Tensor:
@@ -261,7 +264,8 @@ class Pipeline:
             yield from zip(chunk, self.decode(state.latents))
 
     def guided_velocity(self, prompts: list[str], negative_prompt: str, guidance: float) -> Callable[..., torch.Tensor]:
-        """The velocity of a batch as a function of (latents, timestep, guide=True); the text is encoded once.
+        """The velocity of a batch as a function of (latents, timestep, guide=True); the text is encoded once, and unless it
+        is a very large batch, its keys and values are computed once too, with the weights of the first step.
 
         With guide=False, or guidance 1, it is the conditional model's, at half the cost.
         """
@@ -273,12 +277,22 @@ class Pipeline:
             null, null_mask = (t.to(device) for t in self.text.encode([negative_prompt], negative=True))
             text = _stack(null.to(dtype).expand(B, -1, -1), text)  # [2B, T, width]
             mask = _stack(null_mask.expand(B, -1), mask)
+        kept: list[Text] = []
+
+        def of_text(rows: int) -> tuple[torch.Tensor | Text, torch.Tensor | None]:
+            layers = 2 * self.config.num_layers * self.config.width
+            if torch.is_grad_enabled() or text.shape[:2].numel() * layers * text.element_size() > KEPT_TEXT:
+                return text[-rows:], mask[-rows:]
+            if not kept:
+                kept.append(self.transformer.project(text, mask))
+            return kept[0] if rows == len(text) else kept[0].last(rows), None
 
         def velocity(latents: torch.Tensor, timestep: float, guide: bool = True) -> torch.Tensor:
             both = guide and guidance != 1.0
             x = torch.cat([latents, latents]) if both else latents
             t = torch.full((x.shape[0],), timestep * self.config.timestep_scale, device=device)
-            v = self.transformer(x.to(dtype), text[-x.shape[0] :], t, mask[-x.shape[0] :])
+            states, text_mask = of_text(x.shape[0])
+            v = self.transformer(x.to(dtype), states, t, text_mask)
             if not both:
                 return v.float()
             unconditional, conditional = v.chunk(2)
