@@ -38,16 +38,19 @@ class CudaGraph:
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = fn()
         self.done = torch.cuda.Event()
-        self.done.record()
+        self.release()
 
     def wait(self) -> None:
-        """Buffers may be written when the last replay is over, whatever stream that was on."""
+        """Buffers may be written when the last replay is over and its outputs are read, whatever stream that was on."""
         self.done.wait()
 
     def replay(self) -> Any:
         self.graph.replay()
-        self.done.record()
         return self.outputs
+
+    def release(self) -> None:
+        """The outputs of this replay have been read."""
+        self.done.record()
 
 
 _logger = logging.getLogger("sana_ext")
@@ -77,7 +80,9 @@ class _Step:
                 for buffer, value in zip(self.pairs[attn], pair):
                     buffer.copy_(value)
             self.filled = text.revision
-        return pytree.tree_map_only(torch.Tensor, torch.clone, self.graph.replay())
+        outputs = pytree.tree_map_only(torch.Tensor, torch.clone, self.graph.replay())
+        self.graph.release()
+        return outputs
 
 
 class StepGraphs:

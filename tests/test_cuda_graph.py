@@ -37,6 +37,11 @@ class Recording:
             leaf.copy_(value)
         return pytree.tree_unflatten(self.leaves, self.spec)
 
+    def release(self):
+        """From here on a step on another stream may overwrite the outputs."""
+        for leaf in self.leaves:
+            leaf.fill_(float("nan"))
+
 
 @pytest.fixture
 def recorded(monkeypatch):
