@@ -99,15 +99,17 @@ SANA_EXT_INLINE void store_state(void* state, float* absmax, Block& b, float* fr
       top[j] = magnitude > top[j] ? magnitude : top[j];
     }
   }
+  for (int j = 1; j < 4; ++j) top[0] = top[j] > top[0] ? top[j] : top[0];
+  float lanes[kLanes];
+  store(lanes, top[0]);
   float largest = 0;
-  for (int j = 0; j < 4; ++j)
-    for (int lane = 0; lane < kLanes; ++lane) largest = top[j][lane] > largest ? top[j][lane] : largest;
+  for (int i = 0; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
   const float scale = code_scale(largest), inverse = code_inverse(scale);
   absmax[at / kBlock] = scale;
   uint8_t* codes = n < kBlock ? b.codes : static_cast<uint8_t*>(state) + at;
   for (int64_t i = 0; i < kBlock; i += kLanes) {
     const auto x = load(from + i) * inverse;
-    store_bytes(codes + i, kSigned ? encode_signed(x) : encode_magnitude(kUnsignedCode, x));
+    store_bytes(codes + i, kSigned ? encode_signed(x) : encode_unsigned(x));
   }
   if (keep_sign)
     for (int64_t i = 0; i < n; ++i) codes[i] = codes[i] == kCodeZero && from[i] < 0 ? kCodeZero - 1 : codes[i];
