@@ -48,20 +48,9 @@ SANA_EXT_INLINE void store_bytes(uint8_t* p, Vec<int32_t> v) {
 #endif
 }
 
-// table[index], of 128 or 256 floats. With AVX-512 the table is searched in registers, 32 floats by an instruction:
-// half the time of a gather.
-template <int kSize = 256>
 SANA_EXT_INLINE Vec<float> look_up(const float* table, Vec<int32_t> index) {
 #if defined(__AVX512F__)
-  __m512 part[kSize / 32];
-  for (int j = 0; j < kSize / 32; ++j)
-    part[j] =
-        _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32 * j), (__m512i)index, _mm512_loadu_ps(table + 32 * j + 16));
-  for (int bit = 32, n = kSize / 32; n > 1; bit *= 2, n /= 2) {
-    const __mmask16 upper = _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(bit));
-    for (int j = 0; j < n / 2; ++j) part[j] = _mm512_mask_blend_ps(upper, part[2 * j], part[2 * j + 1]);
-  }
-  return (Vec<float>)part[0];
+  return (Vec<float>)_mm512_i32gather_ps((__m512i)index, table, 4);
 #elif defined(__AVX2__)
   return (Vec<float>)_mm256_i32gather_ps(table, (__m256i)index, 4);
 #else
@@ -98,21 +87,20 @@ SANA_EXT_INLINE Vec<int32_t> round_to_int(Vec<float> x) {  // halves to even
 }
 
 // Index of the magnitude nearest to a, which is finite.
-template <int kSize>
 SANA_EXT_INLINE Vec<int32_t> encode_magnitude(const DynamicCode& t, Vec<float> a) {
   Vec<int32_t> decade{};
   for (int d = 0; d < kCodeDecades; ++d) decade -= a > t.decade[d];  // a comparison is -1 where it holds
   const Vec<float> line = a * look_up8(t.slope, decade) + look_up8(t.offset, decade), last = look_up8(t.last, decade);
   const Vec<float> capped = line < last ? line : last;
   const Vec<int32_t> k = __builtin_convertvector(capped, Vec<int32_t>);
-  return k - (a > look_up<kSize>(t.border, k));
+  return k - (a > look_up(t.border, k));
 }
 SANA_EXT_INLINE Vec<int32_t> encode_signed(Vec<float> x) {
-  const Vec<int32_t> k = encode_magnitude<128>(kSignedCode, x < 0.0f ? -x : x);
+  const Vec<int32_t> k = encode_magnitude(kSignedCode, x < 0.0f ? -x : x);
   const Vec<int32_t> zero = Vec<int32_t>{} + kCodeZero;
   return x < 0.0f ? zero - (k < zero ? k : zero) : zero + k;
 }
-SANA_EXT_INLINE Vec<int32_t> encode_unsigned(Vec<float> x) { return encode_magnitude<256>(kUnsignedCode, x); }
+SANA_EXT_INLINE Vec<int32_t> encode_unsigned(Vec<float> x) { return encode_magnitude(kUnsignedCode, x); }
 
 // One block of n values: codes -> values.
 inline void decode_block(const uint8_t* codes, const float* scales, bool linear, int64_t n, float* values) {
