@@ -137,17 +137,18 @@ SANA_EXT_INLINE void store_parameter(Ptr to, const float* p, int64_t at, int64_t
         float_to_bfloat16_by_chance(p[i], random_bits(static_cast<uint32_t>(at + i), static_cast<uint32_t>(seed)));
 }
 
-SANA_EXT_INLINE void update(Block& b, const AdamW8bitHyper& h, bool after, bool bf16) {
+SANA_EXT_INLINE void update(float* p, const float* g_at, float* m_at, float* v_at, const AdamW8bitHyper& h, bool after,
+                            bool bf16) {
   for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const auto g = load(b.g + i) * h.factor;
-    const auto m = load(b.m + i) * h.beta1 + g * h.rest1, v = load(b.v + i) * h.beta2 + g * g * h.rest2;
-    store(b.m + i, m);
-    store(b.v + i, v);
+    const auto g = load(g_at + i) * h.factor;
+    const auto m = load(m_at + i) * h.beta1 + g * h.rest1, v = load(v_at + i) * h.beta2 + g * g * h.rest2;
+    store(m_at + i, m);
+    store(v_at + i, v);
     const auto step = m / (square_root(v) * h.root + h.eps) * h.size;
-    store(b.p + i, after ? load(b.p + i) - step : load(b.p + i) * h.keep - step);
+    store(p + i, after ? load(p + i) - step : load(p + i) * h.keep - step);
   }
   if (!after) return;
-  for (int64_t i = 0; i < kBlock; ++i) b.p[i] = (bf16 ? bfloat16_to_float(float_to_bfloat16(b.p[i])) : b.p[i]) * h.keep;
+  for (int64_t i = 0; i < kBlock; ++i) p[i] = (bf16 ? bfloat16_to_float(float_to_bfloat16(p[i])) : p[i]) * h.keep;
 }
 
 }  // namespace
@@ -156,12 +157,17 @@ void adamw8bit_step(const AdamW8bit& a, int64_t begin, int64_t end) {
   Block b;
   for_each_block(a.tensors, a.count, begin, end, [&](const AdamW8bitTensor& t, int64_t at, int64_t n) {
     prefetch(t, at + 2 * kBlock);
-    load_block(b.p, t.p, at, n);
-    load_block(b.g, t.g, at, n);
+    // Whole fp32 blocks are read and written where they are.
+    const bool direct_p = t.p.dtype == Dtype::kFloat32 && n == kBlock,
+               direct_g = t.g.dtype == Dtype::kFloat32 && n == kBlock;
+    float* p = direct_p ? static_cast<float*>(t.p.data) + at : b.p;
+    const float* g = direct_g ? static_cast<const float*>(t.g.data) + at : b.g;
+    if (!direct_p) load_block(b.p, t.p, at, n);
+    if (!direct_g) load_block(b.g, t.g, at, n);
     load_state<true>(b.m, b, t.state1, t.absmax1, at, n);
     load_state<false>(b.v, b, t.state2, t.absmax2, at, n);
-    update(b, t.h, a.bitsandbytes_cuda, t.p.dtype == Dtype::kBFloat16);
-    store_parameter(t.p, b.p, at, n, t.seed);
+    update(p, g, b.m, b.v, t.h, a.bitsandbytes_cuda, t.p.dtype == Dtype::kBFloat16);
+    if (!direct_p) store_parameter(t.p, b.p, at, n, t.seed);
     store_state<true>(t.state1, t.absmax1, b, b.m, at, n, a.bitsandbytes_cuda);
     store_state<false>(t.state2, t.absmax2, b, b.v, at, n, false);
   });
