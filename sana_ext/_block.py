@@ -24,6 +24,7 @@ from . import _guards as guards
 from . import _packed as packing
 from . import _text_cache as text_cache
 from ._reversible import Reversible
+from .ops._arithmetic import autocast_dtype
 from .ops.cross_attention import cross_attention
 from .ops.glumbconv import glumbconv
 from .ops.linear import linear
@@ -65,9 +66,7 @@ class FusedBlock(Reversible):
         x = hidden_states
         device = x.device.type
         parts = guards.compiled_parts.get((device, torch.is_grad_enabled()), ())
-        autocast = None
-        if parts and torch.is_autocast_enabled(device):
-            autocast = torch.get_autocast_dtype(device)
+        autocast = autocast_dtype(x.device) if parts else None
         operand = guards.Operand(x.device, x.dtype, autocast)
         reason = guards.block_reason(self, x, operand, parts)
         if reason or timestep is None:

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _guards as guards
+from .ops._arithmetic import autocast_dtype
 
 ATTRIBUTE = "_sana_ext_text_cache"  # of the transformer and its fused blocks
 TEXTS = 2  # kept at once: guidance that calls the model apart for the two prompts alternates between them
@@ -106,7 +107,7 @@ class TextCache:
         stamp = _caption_stamp(model)
         if stamp is None:
             return None
-        state = (_place(text), text.shape, text.dtype, batch, _epoch[0], _autocast(text.device.type))
+        state = (_place(text), text.shape, text.dtype, batch, _epoch[0], autocast_dtype(text.device))
         alive = [t for t in self._texts if t.source() is not None]
         for known in alive:
             if known.source() is text and known.state == state and _same(known.stamp, stamp):
@@ -186,10 +187,6 @@ def _place(t: torch.Tensor) -> tuple[Any, ...]:
 
 def _same(a: Stamp, b: Stamp) -> bool:
     return len(a) == len(b) and all(p is q and rest == other for (p, *rest), (q, *other) in zip(a, b))
-
-
-def _autocast(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import _guards as guards
+from .ops._arithmetic import autocast_dtype
 from .ops.glumbconv import glumbconv
 from .ops.linear import linear
 from .ops.linear_attention import linear_attention
@@ -166,9 +167,7 @@ class _BiasedRMSNorm(nn.RMSNorm):
 
 
 def _operand(x: torch.Tensor) -> guards.Operand:
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return guards.Operand(x.device, x.dtype, autocast)
+    return guards.Operand(x.device, x.dtype, autocast_dtype(x.device))
 
 
 def _project(layer: Any, x: torch.Tensor) -> torch.Tensor:

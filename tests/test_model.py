@@ -210,3 +210,14 @@ def test_a_projected_text_takes_the_place_of_text_and_mask():
             model(*wrong)
     with pytest.raises(ValueError, match="text_mask must be"):
         model.project(text, mask[:2])
+
+
+def test_tensors_without_memory():
+    """Meta tensors, as accelerate's init_empty_weights leaves them: shapes come out, forward and backward."""
+    with torch.device("meta"):
+        model = SanaTransformer(SanaConfig.named("mini", num_layers=2))
+        latents, text, timestep = torch.randn(2, 16, 8, 8), torch.randn(2, 5, 128), torch.ones(2)
+    out = model(latents, text, timestep, torch.ones(2, 5, device="meta"))
+    out.sum().backward()
+    assert out.shape == (2, 16, 8, 8)
+    assert all(p.grad.is_meta for p in model.parameters())

@@ -29,11 +29,16 @@ def probe() -> None:
     UPCAST.update(d for d in (torch.bfloat16, torch.float16) if not torch.ops.sana_ext.native_arithmetic(d))
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype where it is on. Devices that it does not know (tensors without memory) have none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def operand_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which torch's matrix products would take x: autocast's where it is on."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
 
 
 def upcast(x: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from .. import reference
 from . import _checks as check
-from ._arithmetic import operand_dtype, upcast
+from ._arithmetic import autocast_dtype, operand_dtype, upcast
 from ._library import accumulator_dtype, define, differentiable
 
 STEM = "cross_attention"
@@ -146,7 +146,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     check.tensor(op, "v", v, 4, "[B, T, H, D]")
     check.shape(op, "v", v, (B, T, H, D), "[B, T, H, D]")
     check.together(op, q=q, k=k, v=v)
-    if not torch.is_autocast_enabled(q.device.type):
+    if autocast_dtype(q.device) is None:
         check.same_dtype(op, q=q, k=k, v=v)
     if mask is None:
         return

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .. import reference
 from . import _checks as check
-from ._arithmetic import operand_dtype, upcast
+from ._arithmetic import autocast_dtype, operand_dtype, upcast
 from ._library import accumulator_dtype, define, differentiable
 
 STEM = "linear"
@@ -113,5 +113,5 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         check.shape("linear", "bias", bias, (weight.shape[0],), "[F]")
         given["bias"] = bias
     check.together("linear", **given)
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device) is None:
         check.same_dtype("linear", **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -190,14 +191,27 @@ class Optimizer8bit(torch.optim.Optimizer):
         if not state:
             on_device = group.get("capturable", False)
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-            quantised = self._quantises(tuple(p.shape), group)
-            quantised = quantised and shards.aligned(p, lambda shape: self._spec(shape, group, True))
+            quantised = self._quantised(p, group)
             whole = self._spec(tuple(p.shape), group, quantised)
             part = self._spec(tuple(shards.local(p).shape), group, quantised)
             for key, (shape, dtype, cut) in part.items():
                 zeros = torch.zeros(shape, dtype=dtype, device=shards.local(p).device)
                 state[key] = shards.like(p, zeros, whole[key][0], cut)
         return state
+
+    def _quantised(self, p: Tensor, group: dict[str, Any]) -> bool:
+        quantised = self._quantises(tuple(p.shape), group)
+        return quantised and shards.aligned(p, lambda shape: self._spec(shape, group, True))
+
+    def state_bytes(self) -> int:
+        """Bytes of this process's state once every parameter has been stepped; known before any is allocated."""
+        total = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                spec = self._spec(tuple(shards.local(p).shape), group, self._quantised(p, group))
+                sizes = (math.prod(shape) * dtype.itemsize for shape, dtype, _ in spec.values())
+                total += sum(sizes) + torch.float32.itemsize  # and the step's number
+        return total
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, bit by bit: codes stay uint8 and scales fp32 whatever the parameters' dtype.
