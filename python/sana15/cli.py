@@ -68,6 +68,13 @@ def _info(args: argparse.Namespace) -> None:
     heads = f"{config.num_attention_heads} heads of {config.attention_head_dim}"
     print(f"{total:,} parameters, {config.num_layers} blocks of {block:,}; width {config.width}, {heads}, ", end="")
     print(f"Mix-FFN {config.hidden}, qk-norm {config.qk_norm or 'none'}")
+    if args.memory:
+        from .memory import table, training_memory
+
+        latent = args.latent or config.sample_size
+        print(f"\nGiB of a training step, {args.batch} x {latent}x{latent} latents:\n")
+        print(table(training_memory(config, batch=args.batch, latent=latent)))
+        print("\nleast: with gradient checkpointing, and for an 8-bit optimizer with sana_ext.optim.fuse_backward")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,6 +136,11 @@ def parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="parameters and sizes of a published size or a transformer folder")
     info.add_argument("model", metavar="SIZE|DIR")
+    info.add_argument("--memory", action="store_true", help="what training takes, by precision and optimizer")
+    info.add_argument("--batch", type=int, default=1, help="pictures of a training step (default 1)")
+    info.add_argument(
+        "--latent", type=int, metavar="SIDE", help="of the latents, pixels / 32 (default: the model's own)"
+    )
     info.set_defaults(run=_info)
     return root
 

@@ -1,0 +1,91 @@
+"""sana15 info --memory, against what a real step allocates."""
+
+import resource
+
+import pytest
+import torch
+
+from sana15.cli import main
+from sana15.config import SanaConfig
+from sana15.memory import OPTIMIZERS, training_memory
+from sana15.model import SanaTransformer
+
+CONFIG = SanaConfig.named("mini", num_layers=4)
+
+
+def real_inputs(config, batch, dtype):
+    return {
+        "latents": torch.randn(batch, config.in_channels, 8, 8, dtype=dtype),
+        "text": torch.randn(batch, 20, config.caption_channels, dtype=dtype),
+        "timestep": torch.full((batch,), 500.0),
+        "text_mask": torch.ones(batch, 20, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_a_forward_pass_keeps(checkpointing):
+    (row,) = [
+        r for r in training_memory(CONFIG, batch=3, text_tokens=20) if (r.precision, r.optimizer) == ("mixed", "AdamW")
+    ]
+    model = SanaTransformer(CONFIG)
+    model.gradient_checkpointing = checkpointing
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model(**real_inputs(CONFIG, 3, torch.float32))
+    measured = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+    if checkpointing:
+        assert measured < row.checkpointed < row.activations
+        assert row.checkpointed - measured == (row.activations - measured) // CONFIG.num_layers
+    else:
+        assert row.activations == measured
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "AdamW"])
+@pytest.mark.parametrize("precision", ["mixed", "bf16"])
+def test_state_is_what_a_step_allocates(name, precision):
+    (row,) = [r for r in training_memory(CONFIG) if (r.precision, r.optimizer) == (precision, name)]
+    model = SanaTransformer(CONFIG).to(torch.float32 if precision == "mixed" else torch.bfloat16)
+    optimizer = OPTIMIZERS[name](model.parameters(), lr=1e-4)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = [t for entry in optimizer.state.values() for t in entry.values()]
+    assert row.state == sum(t.numel() * t.element_size() for t in state)
+    assert row.weights == row.gradients == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert row.largest_gradient == max(p.numel() * p.element_size() for p in model.parameters())
+    assert row.least == row.weights + row.largest_gradient + row.state + row.checkpointed
+
+
+def test_published_sizes_take_no_memory():
+    before = peak()
+    rows = training_memory(SanaConfig.named("4800M"))
+    assert peak() - before < 300  # the weights alone would be 9,000 or 18,000
+    parameters = sum(p.numel() for p in _meta("4800M").parameters())
+    came, adamw = (next(r for r in rows if r.optimizer == name) for name in ("CAME8bit", "AdamW8bit"))
+    assert came.state <= 1.03 * parameters
+    assert adamw.state <= 2.04 * parameters
+
+
+def peak():
+    """MiB that this process has taken at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _meta(size):
+    with torch.device("meta"):
+        return SanaTransformer(SanaConfig.named(size))
+
+
+def test_command(capsys):
+    assert main(["info", "mini", "--memory", "--batch", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "64 x 8x8 latents" in out
+    assert all(name in out for name in OPTIMIZERS)
+    assert main(["info", "mini", "--memory", "--batch", "0"]) == 2
+    assert "batch must be at least 1, got 0" in capsys.readouterr().err
