@@ -6,8 +6,9 @@
 #   benchmarks/gpu.sh autotune               the whole model once more, against torch.compile with max-autotune
 #   OUT=DIR PYTHON=python3.12 benchmarks/gpu.sh ops
 #
-# Needs torch for CUDA with triton, setuptools, numpy, ninja, pytest and nvcc; sanitize: compute-sanitizer on PATH; model, train,
-# autotune and the tests of CUDA graphs: diffusers. What is missing may lie in a folder of PYTHONPATH (pip install --target).
+# Needs torch for CUDA with triton, setuptools, numpy, ninja, pytest, hypothesis and nvcc; sanitize: compute-sanitizer on PATH;
+# model, train, autotune and the tests of CUDA graphs: diffusers. What is missing may lie in a folder of PYTHONPATH, made by
+# pip install --target.
 #
 # Results are appended to $OUT/<gpu>-<date>.json (default OUT: benchmarks/results) and the logs to $OUT/<stage>.log. A step that
 # was completed with the same commit is not run again: call the script again after an interruption. SANITIZER="..." gives more
@@ -20,7 +21,7 @@ OUT=$(realpath -m "${OUT:-benchmarks/results}")
 LIMIT=${LIMIT:-480}   # seconds for a stage
 export PYTHONPATH=$PWD:$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 stages=("$@")
-((${#stages[@]})) || { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+((${#stages[@]})) || { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [[ ${stages[*]} == all ]] && stages=(build check sanitize ops model train)
 for stage in "${stages[@]}"; do
   case $stage in
@@ -63,6 +64,9 @@ build() { step library env SANA_EXT_BUILD=cuda "$PYTHON" setup.py build_ext --in
 check() {
   step info "$PYTHON" -m sana_ext
   step tests "$PYTHON" -m pytest -q tests/gpu
+  step op-tests env SANA_EXT_TEST_DEVICE=cuda "$PYTHON" -m pytest -q \
+    tests/test_linear_attention.py tests/test_linear_attention_inputs.py tests/test_norm_modulate.py tests/test_glumbconv.py \
+    -k "not diffusers and not offsets and not extreme and not default_kernels"
 }
 
 # Without torch's cache every tensor has an allocation of its own, past whose end memcheck sees; that rules out CUDA graphs.

@@ -14,8 +14,10 @@ from sana_ext import _extension
 EPS32 = torch.finfo(torch.float32).eps
 Make = Callable[[int], dict[str, torch.Tensor | None]]
 
-# Under SANA_EXT_EMULATOR=1 the CUDA kernels answer, emulated on the host; they have no float64.
-EMULATED = os.environ.get("SANA_EXT_EMULATOR", "") == "1"
+# Under SANA_EXT_TEST_DEVICE=cuda the operands of the op tests live on a GPU.
+DEVICE = os.environ.get("SANA_EXT_TEST_DEVICE", "cpu")
+# The CUDA kernels answer, which have no float64: there, or under SANA_EXT_EMULATOR=1 emulated on the host.
+EMULATED = os.environ.get("SANA_EXT_EMULATOR", "") == "1" or DEVICE == "cuda"
 needs_fp64 = pytest.mark.skipif(EMULATED, reason="the CUDA kernels have no float64")
 _cuda = _extension.libraries()["cuda"]
 # Two marks: without the reason "needs a GPU" a machine that has one would count a missing library as a missing GPU.
@@ -31,7 +33,7 @@ dtype_id = lambda dtype: str(dtype).removeprefix("torch.")  # noqa: E731
 def rand(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
     """Standard normal fp64 leaf, the raw material of every case."""
     generator = torch.Generator().manual_seed(seed * 1000003 + sum(shape) * 101 + len(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE) * scale
 
 
 def outputs_and_gradients(
