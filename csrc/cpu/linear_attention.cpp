@@ -8,9 +8,6 @@ namespace {
 
 constexpr int64_t kMaxChunks = 16;  // partial states per image: enough to share out, few enough to add up
 
-using Rows = LinearAttentionRows<ConstPtr>;
-using RowsOut = LinearAttentionRows<Ptr>;
-
 LinearAttentionSize make_size(const LinearAttentionArguments& a) {
   const auto round_up = [](int64_t value, int64_t to) { return (value + to - 1) / to * to; };
   const int64_t chunk = round_up((a.N + kMaxChunks - 1) / kMaxChunks, kLinearAttentionBlock);
@@ -23,6 +20,9 @@ struct Problem : LinearAttentionArguments {
   LinearAttentionSize s;
   template <class... Parts>
   explicit Problem(const Parts&... parts) : LinearAttentionArguments(parts...), s(make_size(*this)) {}
+
+  ConstPtr in(const Tensor& t, const char* name) const { return cpu::in(t, name); }
+  Ptr out(Tensor& t, const char*) const { return cpu::out(t); }
 
   Tensor partial_states() const { return accumulators({s.B, chunks(s), s.H, s.D + 1, s.P}); }
   int64_t grain(int64_t tokens) const { return kGrainElements / (tokens * s.H * s.D); }
@@ -37,24 +37,20 @@ void sum_states(const Problem& p, int64_t parts, const Tensor& partial, int64_t 
   parallel(linear_attention_sum, a, p.s.B * p.s.H, kGrainElements / ((parts + 1) * (p.s.D + 1) * p.s.P));
 }
 
-void forward(Problem& p, const Rows& q, const Rows& k, const Rows& v, double norm_eps, Tensor& result) {
+void run_forward(Problem& p, const LinearAttentionInputs& x, double norm_eps, const LinearAttentionRows<Ptr>& result) {
   const LinearAttentionSize& s = p.s;
   p.allocate();
   if (s.B == 0) return;
   Tensor partial = p.partial_states();
-  const LinearAttentionState a{s, norm_eps, k, v, in(p.weight_k, "weight_k"), data(p.rstd_k), data(partial)};
+  const LinearAttentionState a{s, norm_eps, x.k, x.v, in(p.weight_k, "weight_k"), data(p.rstd_k), data(partial)};
   parallel(linear_attention_state, a, s.B * chunks(s), p.grain(s.chunk));
   Tensor padded = s.P == s.D ? p.state : p.accumulators({s.B, s.H, s.D + 1, s.P});
   sum_states(p, chunks(s), partial, s.P, data(p.state), s.P == s.D ? nullptr : data(padded), nullptr);
   const int64_t blocks = (s.N + kLinearAttentionBlock - 1) / kLinearAttentionBlock;
-  const LinearAttentionOutput o{
-      s, norm_eps, p.eps, q, in(p.weight_q, "weight_q"), data(padded), data(p.rstd_q), out(result)};
+  const LinearAttentionOutput o{s,       norm_eps, p.eps, x.q, in(p.weight_q, "weight_q"), data(padded), data(p.rstd_q),
+                                result.p};
   parallel(linear_attention_output, o, s.B * blocks, p.grain(kLinearAttentionBlock));
 }
-
-struct Gradients {
-  RowsOut dq, dk, dv;
-};
 
 // Adds up the partial gradients [B * chunks, C] of a weight.
 Tensor sum_weight(const Problem& p, const OptionalTensor& weight, const Tensor& partial) {
@@ -68,8 +64,8 @@ Tensor sum_weight(const Problem& p, const OptionalTensor& weight, const Tensor& 
   return result;
 }
 
-std::tuple<Tensor, Tensor> backward(const Problem& p, const Rows& dout, const Rows& q, const Rows& k, const Rows& v,
-                                    const Gradients& d) {
+std::tuple<Tensor, Tensor> run_backward(const Problem& p, const LinearAttentionRows<ConstPtr>& dout,
+                                        const LinearAttentionInputs& x, const LinearAttentionGradients& d) {
   const LinearAttentionSize& s = p.s;
   const int64_t items = s.B * chunks(s), C = s.H * s.D;
   Tensor partial = p.partial_states(), padded = p.accumulators({s.B, s.H, s.D + 1, s.P}),
@@ -79,7 +75,7 @@ std::tuple<Tensor, Tensor> backward(const Problem& p, const Rows& dout, const Ro
   const LinearAttentionBackwardQ a{s,
                                    p.eps,
                                    dout,
-                                   q,
+                                   x.q,
                                    in(p.weight_q, "weight_q"),
                                    const_data(p.rstd_q),
                                    data(padded),
@@ -89,87 +85,22 @@ std::tuple<Tensor, Tensor> backward(const Problem& p, const Rows& dout, const Ro
                                    data(weight_q)};
   parallel(linear_attention_backward_q, a, items, p.grain(s.chunk));
   sum_states(p, chunks(s), partial, s.P, nullptr, data(padded), data(transposed));
-  const LinearAttentionBackwardK c{s,
-                                   k,
-                                   v,
-                                   in(p.weight_k, "weight_k"),
-                                   const_data(p.rstd_k),
-                                   data(padded),
-                                   data(transposed),
-                                   d.dk,
-                                   d.dv,
-                                   data(weight_k)};
+  const LinearAttentionBackwardK c{
+      s,    x.k,  x.v,           in(p.weight_k, "weight_k"), const_data(p.rstd_k), data(padded), data(transposed),
+      d.dk, d.dv, data(weight_k)};
   parallel(linear_attention_backward_k, c, items, p.grain(s.chunk));
   return {sum_weight(p, p.weight_q, weight_q), sum_weight(p, p.weight_k, weight_k)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                                       const OptionalTensor& weight_q, const OptionalTensor& weight_k,
-                                                       double norm_eps, double eps) {
-  Problem p(q_in, weight_q, weight_k, eps);
-  p.check_rows(k_in, "k");
-  p.check_rows(v_in, "v");
-  const Tensor q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
-  Tensor result = empty(q, {p.s.B, p.s.N, p.s.H, p.s.D}, q.scalar_type());
-  forward(p, rows(in(q, "q"), q), rows(in(k, "k"), k), rows(in(v, "v"), v), norm_eps, result);
-  return {result, p.state, p.rstd_q, p.rstd_k};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& weight_q,
-    const OptionalTensor& weight_k, const Tensor& state, const Tensor& rstd_q, const Tensor& rstd_k, double eps) {
-  Problem p(q_in, weight_q, weight_k, eps);
-  p.take(state, rstd_q, rstd_k);
-  p.check_rows(dout_in, "dout");
-  p.check_rows(k_in, "k");
-  p.check_rows(v_in, "v");
-  const Tensor dout = dense_rows(dout_in), q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
-  const auto like = [&](const Tensor& t) { return empty(t, {p.s.B, p.s.N, p.s.H, p.s.D}, t.scalar_type()); };
-  Tensor dq = like(q), dk = like(k), dv = like(v);
-  const auto [dweight_q, dweight_k] =
-      backward(p, rows(in(dout, "dout"), dout), rows(in(q, "q"), q), rows(in(k, "k"), k), rows(in(v, "v"), v),
-               {rows(out(dq), dq), rows(out(dk), dk), rows(out(dv), dv)});
-  return {dq, dk, dv, dweight_q, dweight_k};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> qkv_forward_cpu(const Tensor& qkv_in, int64_t heads,
-                                                           const OptionalTensor& weight_q,
-                                                           const OptionalTensor& weight_k, double norm_eps,
-                                                           double eps) {
-  Problem p(qkv_in, heads, weight_q, weight_k, eps);
-  const Tensor qkv = dense_rows(qkv_in);
-  const ConstPtr x = in(qkv, "qkv");
-  Tensor result = empty(qkv, {p.s.B, p.s.N, p.s.H * p.s.D}, qkv.scalar_type());
-  forward(p, third(x, 0, qkv, p.D), third(x, 1, qkv, p.D), third(x, 2, qkv, p.D), norm_eps, result);
-  return {result, p.state, p.rstd_q, p.rstd_k};
-}
-
-std::tuple<Tensor, Tensor, Tensor> qkv_backward_cpu(const Tensor& dout_in, const Tensor& qkv_in,
-                                                    const OptionalTensor& weight_q, const OptionalTensor& weight_k,
-                                                    const Tensor& state, const Tensor& rstd_q, const Tensor& rstd_k,
-                                                    double eps) {
-  check(state.dim() == 4, "state must have shape [B, H, D+1, D]");
-  Problem p(qkv_in, state.size(1), weight_q, weight_k, eps);
-  p.take(state, rstd_q, rstd_k);
-  p.check_packed_rows(dout_in, "dout");
-  const Tensor qkv = dense_rows(qkv_in), dout = dense_rows(dout_in);
-  const ConstPtr x = in(qkv, "qkv");
-  Tensor dqkv = empty(qkv, {p.s.B, p.s.N, 3 * p.s.H * p.s.D}, qkv.scalar_type());
-  const Ptr d = out(dqkv);
-  const Rows g{in(dout, "dout"), dout.stride(0), dout.stride(1), p.s.D};
-  const auto [dweight_q, dweight_k] =
-      backward(p, g, third(x, 0, qkv, p.D), third(x, 1, qkv, p.D), third(x, 2, qkv, p.D),
-               {third(d, 0, dqkv, p.D), third(d, 1, dqkv, p.D), third(d, 2, dqkv, p.D)});
-  return {dqkv, dweight_q, dweight_k};
-}
+using Ops = LinearAttentionOps<Problem>;
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sana_ext, CPU, m) {
-  m.impl("linear_attention_forward", TORCH_BOX(&forward_cpu));
-  m.impl("linear_attention_backward", TORCH_BOX(&backward_cpu));
-  m.impl("linear_attention_qkv_forward", TORCH_BOX(&qkv_forward_cpu));
-  m.impl("linear_attention_qkv_backward", TORCH_BOX(&qkv_backward_cpu));
+  m.impl("linear_attention_forward", TORCH_BOX(&Ops::forward));
+  m.impl("linear_attention_backward", TORCH_BOX(&Ops::backward));
+  m.impl("linear_attention_qkv_forward", TORCH_BOX(&Ops::qkv_forward));
+  m.impl("linear_attention_qkv_backward", TORCH_BOX(&Ops::qkv_backward));
 }
 
 }  // namespace sana_ext::cpu

@@ -1,4 +1,5 @@
-// One call of linear_attention as both glues see it: sizes, checks, and what the forward leaves for the backward.
+// One call of linear_attention as both glues see it: sizes, checks, what the forward leaves for the backward, and the
+// four entry points.
 #pragma once
 #include "../common/rows.h"
 #include "glue.h"
@@ -93,6 +94,83 @@ struct LinearAttentionArguments {
   static Sizes sizes(const Tensor& qkv, int64_t heads) {
     check(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0, "qkv must have shape [B, N, 3 * heads * D]");
     return {qkv.size(0), qkv.size(1), heads, qkv.size(2) / (3 * heads)};
+  }
+};
+
+// Rows of three tensors or of one packed tensor, and of their gradients.
+struct LinearAttentionInputs {
+  LinearAttentionRows<ConstPtr> q, k, v;
+};
+struct LinearAttentionGradients {
+  LinearAttentionRows<Ptr> dq, dk, dv;
+};
+
+// What the dispatcher calls. A device's Call is a LinearAttentionArguments that turns tensors into pointers (in, out);
+// beside it stand run_forward(call, inputs, norm_eps, out) and run_backward(call, dout, inputs, gradients), which
+// returns the gradients of the weights.
+template <class Call>
+struct LinearAttentionOps {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                                            const OptionalTensor& weight_q,
+                                                            const OptionalTensor& weight_k, double norm_eps,
+                                                            double eps) {
+    Call c(q_in, weight_q, weight_k, eps);
+    c.check_rows(k_in, "k");
+    c.check_rows(v_in, "v");
+    const Tensor q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
+    Tensor result = empty(q, {c.B, c.N, c.H, c.D}, q.scalar_type());
+    run_forward(c, {rows(c.in(q, "q"), q), rows(c.in(k, "k"), k), rows(c.in(v, "v"), v)}, norm_eps,
+                rows(c.out(result, "out"), result));
+    return {result, c.state, c.rstd_q, c.rstd_k};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+      const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& weight_q,
+      const OptionalTensor& weight_k, const Tensor& state, const Tensor& rstd_q, const Tensor& rstd_k, double eps) {
+    Call c(q_in, weight_q, weight_k, eps);
+    c.take(state, rstd_q, rstd_k);
+    c.check_rows(dout_in, "dout");
+    c.check_rows(k_in, "k");
+    c.check_rows(v_in, "v");
+    const Tensor dout = dense_rows(dout_in), q = dense_rows(q_in), k = dense_rows(k_in), v = dense_rows(v_in);
+    const auto like = [&](const Tensor& t) { return empty(t, {c.B, c.N, c.H, c.D}, t.scalar_type()); };
+    Tensor dq = like(q), dk = like(k), dv = like(v);
+    const auto [dweight_q, dweight_k] = run_backward(
+        c, rows(c.in(dout, "dout"), dout), {rows(c.in(q, "q"), q), rows(c.in(k, "k"), k), rows(c.in(v, "v"), v)},
+        {rows(c.out(dq, "dq"), dq), rows(c.out(dk, "dk"), dk), rows(c.out(dv, "dv"), dv)});
+    return {dq, dk, dv, dweight_q, dweight_k};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> qkv_forward(const Tensor& qkv_in, int64_t heads,
+                                                                const OptionalTensor& weight_q,
+                                                                const OptionalTensor& weight_k, double norm_eps,
+                                                                double eps) {
+    Call c(qkv_in, heads, weight_q, weight_k, eps);
+    const Tensor qkv = dense_rows(qkv_in);
+    const ConstPtr x = c.in(qkv, "qkv");
+    Tensor result = empty(qkv, {c.B, c.N, c.H * c.D}, qkv.scalar_type());
+    run_forward(c, {third(x, 0, qkv, c.D), third(x, 1, qkv, c.D), third(x, 2, qkv, c.D)}, norm_eps,
+                {c.out(result, "out"), result.stride(0), result.stride(1), c.D});
+    return {result, c.state, c.rstd_q, c.rstd_k};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> qkv_backward(const Tensor& dout_in, const Tensor& qkv_in,
+                                                         const OptionalTensor& weight_q, const OptionalTensor& weight_k,
+                                                         const Tensor& state, const Tensor& rstd_q,
+                                                         const Tensor& rstd_k, double eps) {
+    check(state.dim() == 4, "state must have shape [B, H, D+1, D]");
+    Call c(qkv_in, state.size(1), weight_q, weight_k, eps);
+    c.take(state, rstd_q, rstd_k);
+    c.check_packed_rows(dout_in, "dout");
+    const Tensor qkv = dense_rows(qkv_in), dout = dense_rows(dout_in);
+    const ConstPtr x = c.in(qkv, "qkv");
+    Tensor dqkv = empty(qkv, {c.B, c.N, 3 * c.H * c.D}, qkv.scalar_type());
+    const Ptr d = c.out(dqkv, "dqkv");
+    const auto [dweight_q, dweight_k] =
+        run_backward(c, {c.in(dout, "dout"), dout.stride(0), dout.stride(1), c.D},
+                     {third(x, 0, qkv, c.D), third(x, 1, qkv, c.D), third(x, 2, qkv, c.D)},
+                     {third(d, 0, dqkv, c.D), third(d, 1, dqkv, c.D), third(d, 2, dqkv, c.D)});
+    return {dqkv, dweight_q, dweight_k};
   }
 };
 
