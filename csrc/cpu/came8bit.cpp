@@ -11,6 +11,7 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kGeometry = 6, kHyper = 14;
+constexpr int64_t kLeastBlock = 64;          // rows of fewer values share a block
 constexpr int64_t kChunkElements = 1 << 17;  // values per item of work: 0.5 MiB of fp32
 constexpr int64_t kSmall = 1 << 18;          // up to so many values a parameter is one task
 
@@ -34,9 +35,16 @@ Came8bit parameter(const Tensor& p, const Tensor& g, const Tensor& exp_avg, cons
   check(a.B >= 0 && a.R >= 0 && a.C >= 0 && a.block >= 1, "geometry must not be negative");
   check(a.factored || a.B == 1, "geometry: a parameter that is not factored is one matrix");
   const int64_t B = a.B, R = a.R, C = a.C;
-  a.unit_rows = C > 0 && R > 0 ? std::max<int64_t>(1, std::min(a.block / C, R)) : 1;
+  const int64_t least = std::min(kLeastBlock, a.block);
+  a.unit_rows = 1;
+  if (C > 0 && R > 0 && C < least) {
+    while (a.unit_rows * C < least) a.unit_rows *= 2;
+    a.unit_rows = std::min(a.unit_rows, R);
+  }
   a.units = (R + a.unit_rows - 1) / a.unit_rows;
-  a.blocks = std::max<int64_t>(1, (C + a.block - 1) / a.block);
+  const int64_t pieces = std::max<int64_t>(1, C / a.block);
+  a.block = (C + pieces - 1) / pieces;
+  a.blocks = C > 0 ? (C + a.block - 1) / a.block : 1;
   a.chunk_units = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, a.unit_rows * C));
   a.chunks = (a.units + a.chunk_units - 1) / a.chunk_units;
 

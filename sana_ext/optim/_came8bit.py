@@ -35,16 +35,17 @@ class CAME8bit(Optimizer8bit):
         clip_threshold: largest rms of a parameter's update, before the momentum.
         weight_decay: decoupled: ``p -= lr * weight_decay * p`` first.
         code: "256-dynamic" (signed dynamic code, blocks of 256 values), "2048-linear" (the paper's minimum-maximum code,
-            blocks of 2048 values), or None: the first moment in fp32. A block ends where a row does.
+            blocks of 2048 values), or None: the first moment in fp32. A block ends where a row does: a row is cut into
+            as many equal pieces as it has whole blocks; rows of fewer than 64 values share one.
         block_size: another length of the blocks.
-        min_8bit_size: parameters with fewer values keep an fp32 first moment.
+        min_8bit_size: parameters with fewer values, and all vectors, keep an fp32 first moment.
         bias_correction: divide the averages by ``1 - beta^t``.
         stochastic_rounding: round bfloat16 parameters up or down by chance, so that small steps are not lost. The draws
             depend on the step and the parameter's place alone: a resumed run repeats them.
         capturable: keep the step count on the parameters' device, and never wait for that device.
 
     Sharded parameters (FSDP2) must be cut along their first axis. Results equal those of one process up to the order of
-    sums. Where shards end inside a block (narrow or short tensors only) the first moment of the parameter is fp32.
+    sums. Where shards end inside a block (rows of fewer than 64 values only) the first moment is fp32.
 
     Raises:
         ValueError, TypeError: an argument or a parameter that does not fit.
@@ -61,7 +62,7 @@ class CAME8bit(Optimizer8bit):
         *,
         code: str | None = "256-dynamic",
         block_size: int | None = None,
-        min_8bit_size: int = 2048,
+        min_8bit_size: int = 4096,
         bias_correction: bool = False,
         stochastic_rounding: bool = False,
         capturable: bool = False,
@@ -100,7 +101,8 @@ class CAME8bit(Optimizer8bit):
         check(isinstance(group["min_8bit_size"], int), "min_8bit_size", "an integer")
 
     def _quantises(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
-        return group["code"] is not None and torch.Size(shape).numel() >= max(1, group["min_8bit_size"])
+        large = torch.Size(shape).numel() >= max(1, group["min_8bit_size"])
+        return group["code"] is not None and large and len(shape) > 1
 
     def _spec(self, shape: tuple[int, ...], group: dict[str, Any], quantised: bool) -> Spec:
         fp32, geometry = torch.float32, _geometry(shape, group)

@@ -31,8 +31,9 @@ from . import code8
 class Geometry:
     """A parameter as `matrices` matrices [rows, cols], and how its momentum is cut into 8-bit blocks.
 
-    A unit is `unit_rows` consecutive rows, or what remains of a matrix. A block is a whole unit where a row is shorter than
-    a block, else up to `block` consecutive values of a row. So a block never crosses two shards that are cut between units.
+    A row is cut into cols // block pieces, as equal as can be, so of `block` values or a few more; a row shorter than twice
+    that is one block. Rows of fewer than 64 values go together: a unit is `unit_rows` of them, a power of two, and one
+    block. So a block never crosses two shards that are cut between units.
     """
 
     matrices: int
@@ -55,7 +56,10 @@ class Geometry:
 
     @property
     def unit_rows(self) -> int:
-        return max(1, min(self.block // self.cols, self.rows)) if self.cols and self.rows else 1
+        least = min(64, self.block)
+        if self.cols >= least or not self.cols or not self.rows:
+            return 1
+        return min(1 << (-(-least // self.cols) - 1).bit_length(), self.rows)
 
     @property
     def units(self) -> int:
@@ -63,9 +67,14 @@ class Geometry:
         return -(-self.rows // self.unit_rows)
 
     @property
+    def length(self) -> int:
+        """Of a block that is not the last one of its row or matrix."""
+        return self.unit_rows * self.cols if self.unit_rows > 1 else -(-self.cols // max(1, self.cols // self.block))
+
+    @property
     def blocks(self) -> int:
         """Of one unit."""
-        return max(1, -(-self.cols // self.block))
+        return -(-self.cols // self.length) if self.unit_rows == 1 and self.cols else 1
 
     @property
     def work(self) -> list[int]:
@@ -78,7 +87,7 @@ class Geometry:
     def quantize(self, m: Tensor, code: str) -> tuple[Tensor, Tensor]:
         """m of any shape -> (uint8 of its shape, fp32 scales [matrices * units, blocks], of linear code [..., 2])."""
         rows = self._segments(m)
-        length, block = rows.shape[1], self._step
+        length, block = rows.shape[1], self.length
         short = -length % block
         padded = torch.cat([rows, rows[:, -1:].expand(-1, short)], 1) if short else rows  # moves neither min nor max
         codes, scales = code8.quantize(padded, block, code)
@@ -86,19 +95,14 @@ class Geometry:
 
     def dequantize(self, codes: Tensor, scales: Tensor, code: str) -> Tensor:
         rows = self._segments(codes)
-        length, block = rows.shape[1], self._step
+        length, block = rows.shape[1], self.length
         padded = torch.nn.functional.pad(rows, (0, -length % block))
         values = code8.dequantize(padded, scales.reshape(-1, *((2,) if code == "linear" else ())), block, code)
         return values[:, :length].reshape(codes.shape)
 
-    @property
-    def _step(self) -> int:
-        """The size of a block that is not the last one of its segment."""
-        return self.block if self.cols >= self.block else self.unit_rows * self.cols
-
     def _segments(self, t: Tensor) -> Tensor:
         """[n, length]: what is cut into blocks without a rest carried over."""
-        return t.reshape(-1, self.cols if self.cols >= self.block else self.rows * self.cols)
+        return t.reshape(-1, self.cols if self.unit_rows == 1 else self.rows * self.cols)
 
 
 @dataclass(frozen=True)

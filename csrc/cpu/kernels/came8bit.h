@@ -14,15 +14,16 @@ namespace sana_ext::cpu {
 struct Came8bit {
   int64_t B, R, C;
   bool factored, linear;
-  int64_t block, unit_rows, units, blocks;  // units per matrix, blocks per unit
-  int64_t chunk_units, chunks;              // chunks per matrix
-  Ptr p;                                    // [B, R, C]
-  ConstPtr g;                               // [B, R, C]
-  uint8_t* codes;                           // [B, R, C], or nullptr
-  float* scales;                            // [B * units, blocks], linear [B * units, blocks, 2]: low, step
-  float* m;                                 // [B, R, C] where there are no codes
-  float* second;                            // row [B, R], or v [R, C] if not factored
-  float *col, *res_row, *res_col;           // [B, C], [B, R], [B, C]
+  int64_t block, unit_rows, units,
+      blocks;                      // values per block of a row, rows per unit, units per matrix, blocks per unit
+  int64_t chunk_units, chunks;     // chunks per matrix
+  Ptr p;                           // [B, R, C]
+  ConstPtr g;                      // [B, R, C]
+  uint8_t* codes;                  // [B, R, C], or nullptr
+  float* scales;                   // [B * units, blocks], linear [B * units, blocks, 2]: low, step
+  float* m;                        // [B, R, C] where there are no codes
+  float* second;                   // row [B, R], or v [R, C] if not factored
+  float *col, *res_row, *res_col;  // [B, C], [B, R], [B, C]
   // Between phases; the sharers of a parameter add up the first five.
   float *w_total, *w_col, *w_square, *w_res_total, *w_res_col;  // [B], [B, C], [1], [B], [B, C]
   float *w_row, *w_res_row;                                     // [B, R] each
