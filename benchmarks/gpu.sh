@@ -109,6 +109,7 @@ model() {
 train() {
   bench block model --images 2 8 --only "block forward + backward" bfloat16
   bench ffn glumbconv --images 8 --only "glumbconv backward" bfloat16
+  bench adamw adamw8bit --blocks 20 --only bfloat16
 }
 
 autotune() { TORCHINDUCTOR_MAX_AUTOTUNE=1 bench step model --pixels 1024 --only "denoising step" bfloat16; }

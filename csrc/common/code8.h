@@ -50,22 +50,65 @@ constexpr DynamicCode make_dynamic_code(bool is_signed) {
   return t;
 }
 
-// Index of the magnitude nearest to x <= 1 + 2^-23, on a border the smaller one; 0 for x <= 0 and NaN.
-SANA_EXT_HOST_DEVICE inline int encode_magnitude(const DynamicCode& t, float x) {
+// DynamicCode::magnitude[k], for device code, which has no such table: every operation rounded by itself.
+SANA_EXT_HOST_DEVICE inline float dynamic_magnitude(int k, bool is_signed) {
+  if (k == 0) return 0.0f;
+  const int at = is_signed ? k : k + 1;  // in [n, 2 n)
+  int n = is_signed ? 1 : 2, d = 0;
+  while (2 * n <= at) n *= 2, ++d;
+  if (d == kCodeDecades) return 1.0f;
+  const float step = (1.0f - 0.1f) / static_cast<float>(n);
+  float edges[2];
+  for (int j = 0; j < 2; ++j) {
+    const int i = at - n + j;
+    const bool near_low = i < (n + 1) / 2;
+    const float count = static_cast<float>(near_low ? i : n - i);
+#ifdef __CUDA_ARCH__
+    const float part = __fmul_rn(step, count);
+#else
+    const float part = step * count;
+#endif
+    edges[j] = near_low ? 0.1f + part : 1.0f - part;
+  }
+  const float mean = (edges[0] + edges[1]) * 0.5f;
+  switch (d) {
+    case 0:
+      return mean * 1e-6f;
+    case 1:
+      return mean * 1e-5f;
+    case 2:
+      return mean * 1e-4f;
+    case 3:
+      return mean * 1e-3f;
+    case 4:
+      return mean * 1e-2f;
+    case 5:
+      return mean * 1e-1f;
+    default:
+      return mean;
+  }
+}
+
+// Index of the magnitude nearest to x <= 1 + 2^-23, on a border the smaller one; 0 for x <= 0 and NaN. Code is a
+// DynamicCode, or has its arrays elsewhere.
+template <class Code>
+SANA_EXT_HOST_DEVICE inline int encode_magnitude(const Code& t, float x) {
   if (!(x > t.decade[0])) return 0;
   int c = 1;
   for (int d = 1; d < kCodeDecades; ++d) c += x > t.decade[d];
-  const float line = x * t.slope[c] + t.offset[c];
-  const int k = static_cast<int>(line < t.last[c] ? line : t.last[c]);
+  const float line = x * t.slope[c] + t.offset[c], last = t.last[c];
+  const int k = static_cast<int>(line < last ? line : last);
   return k + (x > t.border[k]);
 }
 
 // x = value * (1 / scale), in [-1 - 2^-23, 1 + 2^-23] or NaN.
-SANA_EXT_HOST_DEVICE inline uint8_t encode_signed(const DynamicCode& t, float x) {
+template <class Code>
+SANA_EXT_HOST_DEVICE inline uint8_t encode_signed(const Code& t, float x) {
   const int k = encode_magnitude(t, x < 0 ? -x : x);
   return static_cast<uint8_t>(x < 0 ? kCodeZero - (k < kCodeZero ? k : kCodeZero) : kCodeZero + k);
 }
-SANA_EXT_HOST_DEVICE inline uint8_t encode_unsigned(const DynamicCode& t, float x) {
+template <class Code>
+SANA_EXT_HOST_DEVICE inline uint8_t encode_unsigned(const Code& t, float x) {
   return static_cast<uint8_t>(encode_magnitude(t, x));
 }
 SANA_EXT_HOST_DEVICE inline float decode_signed(const DynamicCode& t, uint8_t code) {

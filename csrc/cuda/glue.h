@@ -50,6 +50,16 @@ class Launch {
   }
   float* out_fp32(Tensor& t, const char* name) { return static_cast<float*>(out(t, name).data); }
 
+  // Tensors of any dtype; the kernel knows which.
+  const void* in_raw(const Tensor& t, const char* name) {
+    place(t, t.const_data_ptr(), name, false);
+    return t.const_data_ptr();
+  }
+  void* out_raw(const Tensor& t, const char* name) {
+    place(t, t.const_data_ptr(), name, true);
+    return t.mutable_data_ptr();
+  }
+
 #ifdef SANA_EXT_EMULATOR
   cudaStream_t stream() const { return nullptr; }
 #else
@@ -65,17 +75,19 @@ class Launch {
   }
 
  private:
-#ifdef SANA_EXT_EMULATOR
   void know(const Tensor& t, const void* data, const char* name, bool writable) {
     check(!cpu::is_fp64(t), name, ": float64 is not supported on CUDA");
+    place(t, data, name, writable);
+  }
+#ifdef SANA_EXT_EMULATOR
+  void place(const Tensor& t, const void* data, const char* name, bool writable) {
     int64_t elements = t.numel() > 0;
     for (int64_t i = 0; i < t.dim() && elements > 0; ++i) elements += (t.size(i) - 1) * t.stride(i);
     memory_.emplace_back(name, data, static_cast<size_t>(elements * t.element_size()), writable);
   }
   std::deque<emulator::GlobalMemory> memory_;
 #else
-  void know(const Tensor& t, const void*, const char* name, bool) {
-    check(!cpu::is_fp64(t), name, ": float64 is not supported on CUDA");
+  void place(const Tensor& t, const void*, const char* name, bool) {
     check(t.get_device_index() == index_, name, ": all tensors must be on one device");
   }
   int32_t index_;

@@ -34,6 +34,7 @@ void tables() {
   CHECK(checksum(kSigned) == 0xb707ebe0u);
   CHECK(checksum(kUnsigned) == 0xa1f0a4cfu);
   for (const DynamicCode* t : {&kSigned, &kUnsigned}) {
+    for (int k = 0; k <= t->top; ++k) CHECK(dynamic_magnitude(k, t == &kSigned) == t->magnitude[k]);
     for (int k = 0; k < t->top; ++k) {
       CHECK(t->magnitude[k] < t->border[k] && t->border[k] < t->magnitude[k + 1]);
       CHECK(encode_magnitude(*t, t->magnitude[k]) == k);

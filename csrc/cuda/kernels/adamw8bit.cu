@@ -1,0 +1,280 @@
+#include "adamw8bit.h"
+
+#include "../../common/code8.h"
+#include "../../common/rounding.h"
+#include "primitives.cuh"
+
+namespace sana_ext::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kValues = static_cast<int>(kAdamW8bitBlock) / kWarpSize;  // of a lane
+
+// A dynamic code in shared memory, with the names of DynamicCode.
+struct SharedCode {
+  Shared<float> magnitude, border, decade, slope, offset, last;
+};
+constexpr size_t kCodeBytes = 2 * shared_size<float>(256) + 4 * shared_size<float>(8);
+
+__device__ inline SharedCode take_code(SharedMemory& memory) {
+  return {memory.take<float>(256), memory.take<float>(256), memory.take<float>(8),
+          memory.take<float>(8),   memory.take<float>(8),   memory.take<float>(8)};
+}
+
+// All threads of the block; a barrier must follow.
+__device__ inline void fill(const SharedCode& t, bool is_signed) {
+  const int k = static_cast<int>(threadIdx.x), top = is_signed ? 128 : 255;
+  const float here = k <= top ? dynamic_magnitude(k, is_signed) : 0.0f;
+  const float next = k < top ? dynamic_magnitude(k + 1, is_signed) : 0.0f;
+  t.magnitude[k] = here;
+  t.border[k] = (here + next) * 0.5f;
+  if (k >= 8) return;
+  const int d = k - 1, n = is_signed ? 1 << (d < 0 ? 0 : d) : 2 << (d < 0 ? 0 : d), first = is_signed ? n : n - 1;
+  double power = 1.0;
+  for (int i = d; i < kCodeDecades - 1; ++i) power *= 10.0;
+  t.slope[k] = k == 0 ? 0.0f : static_cast<float>(n / 0.9 * power);
+  t.offset[k] = k == 0 ? 0.0f : static_cast<float>(first - n / 9.0 - 1e-3);
+  t.last[k] = k == 0 ? 0.0f : static_cast<float>(first + n - 1);
+  const int below = is_signed ? (1 << k) - 1 : (2 << k) - 2;  // decade k begins above this index
+  t.decade[k] =
+      k == kCodeDecades ? 4.0f : (dynamic_magnitude(below, is_signed) + dynamic_magnitude(below + 1, is_signed)) * 0.5f;
+}
+
+// The 8 values of a lane, from element i on; those past the end are 0. Whole, aligned blocks in 16-byte accesses.
+__device__ inline void load_floats(const void* data, bool bf16, int64_t i, int64_t n, bool whole, float (&v)[kValues]) {
+  if (whole && bf16) {
+    const Bytes16 bytes = load_global(reinterpret_cast<const Bytes16*>(static_cast<const BFloat16*>(data) + i));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) unpack<BFloat16>(bytes.word[j], v[2 * j], v[2 * j + 1]);
+  } else if (whole) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Bytes16 bytes = load_global(reinterpret_cast<const Bytes16*>(static_cast<const float*>(data) + i) + half);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[4 * half + j] = bits_float(bytes.word[j]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j)
+      v[j] = i + j >= n ? 0.0f
+             : bf16     ? to_float(load_global(static_cast<const BFloat16*>(data) + i + j))
+                        : load_global(static_cast<const float*>(data) + i + j);
+  }
+}
+
+__device__ inline void store_floats(float* data, int64_t i, int64_t n, bool whole, const float (&v)[kValues]) {
+  if (whole) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Bytes16 bytes;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) bytes.word[j] = float_bits(v[4 * half + j]);
+      store_global(reinterpret_cast<Bytes16*>(data + i) + half, bytes);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j)
+      if (i + j < n) store_global(data + i + j, v[j]);
+  }
+}
+
+__device__ inline void store_bf16(uint16_t* data, int64_t i, int64_t n, bool whole, int64_t seed,
+                                  const float (&v)[kValues]) {
+  uint16_t bits[kValues];
+#pragma unroll
+  for (int j = 0; j < kValues; ++j)
+    bits[j] = seed < 0 ? float_to_bfloat16(v[j])
+                       : float_to_bfloat16_by_chance(
+                             v[j], random_bits(static_cast<uint32_t>(i + j), static_cast<uint32_t>(seed)));
+  if (whole) {
+    Bytes16 bytes;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bytes.word[j] = bits[2 * j] | static_cast<uint32_t>(bits[2 * j + 1]) << 16;
+    store_global(reinterpret_cast<Bytes16*>(data + i), bytes);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j)
+      if (i + j < n) store_global(data + i + j, bits[j]);
+  }
+}
+
+__device__ inline uint64_t load_codes(const uint8_t* data, int64_t i, int64_t n, bool whole, uint8_t zero) {
+  if (whole) return load_global(reinterpret_cast<const uint64_t*>(data + i));
+  uint64_t codes = 0;
+#pragma unroll
+  for (int j = 0; j < kValues; ++j) {
+    const uint8_t code = i + j < n ? load_global(data + i + j) : zero;
+    codes |= static_cast<uint64_t>(code) << 8 * j;
+  }
+  return codes;
+}
+
+__device__ inline void store_codes(uint8_t* data, int64_t i, int64_t n, bool whole, uint64_t codes) {
+  if (whole) return store_global(reinterpret_cast<uint64_t*>(data + i), codes);
+#pragma unroll
+  for (int j = 0; j < kValues; ++j)
+    if (i + j < n) store_global(data + i + j, static_cast<uint8_t>(codes >> 8 * j));
+}
+
+// The scale of the warp's block from the values, which become finite.
+__device__ inline float scale_of(float (&v)[kValues]) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kValues; ++j) {
+    v[j] = saturated(v[j]);
+    const float magnitude = v[j] < 0.0f ? -v[j] : v[j];
+    largest = magnitude > largest ? magnitude : largest;
+  }
+#pragma unroll
+  for (int apart = kWarpSize / 2; apart > 0; apart /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, largest, apart);
+    largest = other > largest ? other : largest;
+  }
+  return code_scale(largest);
+}
+
+// The tensor of a block, searched among all of them.
+__device__ inline int find(const AdamW8bitLaunch& a, uint32_t block) {
+  int low = 0, count = a.count;
+  while (count > 1) {
+    const int half = count / 2;
+    const bool upper = a.tensors[low + half].first_block <= block;
+    low += upper ? half : 0;
+    count = upper ? count - half : half;
+  }
+  return low;
+}
+
+// Calls f(tensor, its number, first element, whether the block is whole and aligned) for the blocks of this warp: every
+// kWarps-th of the thread block's chunk, so that neighbouring warps read neighbouring memory.
+template <class F>
+__device__ inline void for_each_block(const AdamW8bitLaunch& a, const F& f) {
+  const uint32_t begin = blockIdx.x * static_cast<uint32_t>(kAdamW8bitChunk);
+  const uint32_t end = begin + kAdamW8bitChunk < a.blocks ? begin + static_cast<uint32_t>(kAdamW8bitChunk) : a.blocks;
+  int i = find(a, begin);
+  for (uint32_t block = begin + threadIdx.x / kWarpSize; block < end; block += kWarps) {
+    while (i + 1 < a.count && a.tensors[i + 1].first_block <= block) ++i;
+    const AdamW8bitTensor& t = a.tensors[i];
+    const int64_t at = (block - t.first_block) * kAdamW8bitBlock;
+    f(t, i, at, t.aligned && at + kAdamW8bitBlock <= t.n);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) adamw8bit_step_kernel(AdamW8bitLaunch a) {
+  SharedMemory memory;
+  const SharedCode code1 = take_code(memory), code2 = take_code(memory);
+  fill(code1, true);
+  fill(code2, false);
+  __syncthreads();
+  if (load_global(a.found_inf) != 0.0f) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  for_each_block(a, [&](const AdamW8bitTensor& t, int number, int64_t at, bool whole) {
+    const double* h = a.hyper + static_cast<int64_t>(number) * kAdamW8bitColumns;
+    const auto hyper = [&](int column) { return static_cast<float>(load_global(h + column)); };
+    const float beta1 = hyper(0), rest1 = hyper(1), beta2 = hyper(2), rest2 = hyper(3), size = hyper(4),
+                root = hyper(5), eps = hyper(6), keep = hyper(7), factor = hyper(8);
+    const int64_t i = at + lane * kValues, block = at / kAdamW8bitBlock;
+    float p[kValues], g[kValues], m[kValues], v[kValues];
+    load_floats(t.p, t.p_bf16, i, t.n, whole, p);
+    load_floats(t.g, t.g_bf16, i, t.n, whole, g);
+    const bool bytes = t.absmax1 != nullptr;
+    if (bytes) {
+      const uint64_t codes1 = load_codes(static_cast<const uint8_t*>(t.state1), i, t.n, whole, kCodeZero);
+      const uint64_t codes2 = load_codes(static_cast<const uint8_t*>(t.state2), i, t.n, whole, 0);
+      const float scale1 = load_global(t.absmax1 + block), scale2 = load_global(t.absmax2 + block);
+#pragma unroll
+      for (int j = 0; j < kValues; ++j) {
+        const int k = static_cast<int>(codes1 >> 8 * j & 0xff) - kCodeZero;
+        const float magnitude = code1.magnitude[k < 0 ? -k : k];
+        m[j] = (k < 0 ? -magnitude : magnitude) * scale1;
+        v[j] = code2.magnitude[static_cast<int>(codes2 >> 8 * j & 0xff)] * scale2;
+      }
+    } else {
+      load_floats(t.state1, false, i, t.n, whole, m);
+      load_floats(t.state2, false, i, t.n, whole, v);
+    }
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      g[j] *= factor;
+      m[j] = m[j] * beta1 + g[j] * rest1;
+      v[j] = v[j] * beta2 + g[j] * g[j] * rest2;
+      const float step = m[j] / (sqrtf(v[j]) * root + eps) * size;
+      if (a.bitsandbytes_cuda) {
+        p[j] -= step;
+        p[j] = (t.p_bf16 ? bfloat16_to_float(float_to_bfloat16(p[j])) : p[j]) * keep;
+      } else {
+        p[j] = p[j] * keep - step;
+      }
+    }
+    if (t.p_bf16)
+      store_bf16(static_cast<uint16_t*>(t.p), i, t.n, whole, a.seeds == nullptr ? -1 : load_global(a.seeds + number),
+                 p);
+    else
+      store_floats(static_cast<float*>(t.p), i, t.n, whole, p);
+    if (!bytes) {
+      store_floats(static_cast<float*>(t.state1), i, t.n, whole, m);
+      store_floats(static_cast<float*>(t.state2), i, t.n, whole, v);
+      return;
+    }
+    const float scale1 = scale_of(m), scale2 = scale_of(v);
+    const float inverse1 = code_inverse(scale1), inverse2 = code_inverse(scale2);
+    uint64_t codes1 = 0, codes2 = 0;
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      uint64_t code = encode_signed(code1, m[j] * inverse1);
+      if (a.bitsandbytes_cuda && code == kCodeZero && m[j] < 0.0f) code = kCodeZero - 1;
+      codes1 |= code << 8 * j;
+      codes2 |= static_cast<uint64_t>(encode_unsigned(code2, v[j] * inverse2)) << 8 * j;
+    }
+    store_codes(static_cast<uint8_t*>(t.state1), i, t.n, whole, codes1);
+    store_codes(static_cast<uint8_t*>(t.state2), i, t.n, whole, codes2);
+    if (lane == 0) store_global(t.absmax1 + block, scale1), store_global(t.absmax2 + block, scale2);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) adamw8bit_check_kernel(AdamW8bitLaunch a) {
+  SharedMemory memory;
+  const Shared<float> sums = memory.take<float>(kWarps);
+  const float factor = load_global(a.factor);
+  float sum = 0.0f;  // NaN as soon as a product is not finite: 0 * infinity
+  for_each_block(a, [&](const AdamW8bitTensor& t, int, int64_t at, bool whole) {
+    float g[kValues];
+    load_floats(t.g, t.g_bf16, at + threadIdx.x % kWarpSize * kValues, t.n, whole, g);
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) sum += g[j] * factor * 0.0f;
+  });
+  const float total = block_sum<kWarps>(sum, sums);
+  if (threadIdx.x == 0) store_global(a.flags + blockIdx.x, total == total ? 0 : 1);
+}
+
+__global__ void __launch_bounds__(kThreads) adamw8bit_found_kernel(AdamW8bitFound a) {
+  SharedMemory memory;
+  const Shared<float> sums = memory.take<float>(kWarps);
+  float found = 0.0f;
+  for (int64_t i = threadIdx.x; i < a.count; i += kThreads) found += load_global(a.flags + i) != 0 ? 1.0f : 0.0f;
+  const float total = block_sum<kWarps>(found, sums);
+  if (threadIdx.x == 0 && total != 0.0f) store_global(a.found_inf, 1.0f);
+}
+
+unsigned chunks(const AdamW8bitLaunch& a) {
+  return (a.blocks + static_cast<uint32_t>(kAdamW8bitChunk) - 1) / static_cast<uint32_t>(kAdamW8bitChunk);
+}
+
+}  // namespace
+
+cudaError_t adamw8bit_step(const AdamW8bitLaunch& a, cudaStream_t stream) {
+  if (a.blocks == 0) return cudaSuccess;
+  return SANA_EXT_LAUNCH(adamw8bit_step_kernel, chunks(a), kThreads, 2 * kCodeBytes, stream, a);
+}
+
+cudaError_t adamw8bit_check(const AdamW8bitLaunch& a, cudaStream_t stream) {
+  if (a.blocks == 0) return cudaSuccess;
+  return SANA_EXT_LAUNCH(adamw8bit_check_kernel, chunks(a), kThreads, shared_size<float>(kWarps), stream, a);
+}
+
+cudaError_t adamw8bit_found(const AdamW8bitFound& a, cudaStream_t stream) {
+  return SANA_EXT_LAUNCH(adamw8bit_found_kernel, 1u, kThreads, shared_size<float>(kWarps), stream, a);
+}
+
+}  // namespace sana_ext::cuda
