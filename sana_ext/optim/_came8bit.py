@@ -21,8 +21,8 @@ class CAME8bit(Optimizer8bit):
 
     The formulas are in ``sana_ext.reference.came8bit``. Second-order statistics are fp32: one number per row and per column
     of a matrix or 1x1 convolution, of its gradient and of its residual; one per value of vectors and other convolutions.
-    Larger tensors are batches of matrices, as in came-pytorch, where that is less state. So SANA's models take 1.03 bytes
-    of state per parameter.
+    Larger tensors are batches of matrices, as in came-pytorch, where that is less state. So SANA's models take 1.02 bytes
+    of state per parameter, 1.03 with the dynamic code.
 
     CAME has no bias correction: its first steps are about 11 lr, 7 lr at step 10 and 2.5 lr at step 100. Warm up over at
     least some 1,000 steps, or pass ``bias_correction=True`` (another optimizer: its steps begin with 1.1 lr).
@@ -34,9 +34,12 @@ class CAME8bit(Optimizer8bit):
         eps: added to the squared gradient and to the squared residual.
         clip_threshold: largest rms of a parameter's update, before the momentum.
         weight_decay: decoupled: ``p -= lr * weight_decay * p`` first.
-        code: "256-dynamic" (signed dynamic code, blocks of 256 values), "2048-linear" (the paper's minimum-maximum code,
-            blocks of 2048 values), or None: the first moment in fp32. A block ends where a row does: a row is cut into
-            as many equal pieces as it has whole blocks; rows of fewer than 64 values share one.
+        code: "2048-linear" (the paper's minimum-maximum code, blocks of 2048 values), "256-dynamic" (signed dynamic code,
+            blocks of 256 values), or None: the first moment in fp32. A block ends where a row does: a row is cut into
+            as many equal pieces as it has whole blocks; rows of fewer than 64 values share one. After 40 steps on
+            synthetic gradients of 1120 x 2240 values the first moment was off by 1.8 % (linear) and 2.5 % (dynamic),
+            0.6 % of the signs lost by either; with rows and columns of very different size and heavy tails (t, 3
+            degrees) by 3.3 % and 3.1 %, 1.1 % and 0.7 % of the signs. Linear is faster and smaller: the default.
         block_size: another length of the blocks.
         min_8bit_size: parameters with fewer values, and all vectors, keep an fp32 first moment.
         bias_correction: divide the averages by ``1 - beta^t``.
@@ -60,7 +63,7 @@ class CAME8bit(Optimizer8bit):
         clip_threshold: float = 1.0,
         weight_decay: float = 0.0,
         *,
-        code: str | None = "256-dynamic",
+        code: str | None = "2048-linear",
         block_size: int | None = None,
         min_8bit_size: int = 4096,
         bias_correction: bool = False,
