@@ -2,7 +2,7 @@
 
 "plain": CAME with an 8-bit first moment in plain PyTorch, written as the authors' optimizer is (one parameter after the
 other), with true blocks of 2048 values; its dynamic code is searched by torch.bucketize. "AdamW": torch.optim.AdamW, fused,
-which keeps 8 bytes of fp32 state per fp32 parameter. The floor counts every byte of parameter, gradient and state once.
+which keeps 8 bytes of state per fp32 parameter (4 per bf16 one). The floor counts every byte of parameter, gradient and state once.
 """
 
 import harness
