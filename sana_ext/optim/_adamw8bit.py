@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -91,6 +92,16 @@ class AdamW8bit(Optimizer8bit):
 
     def _quantises(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         return torch.Size(shape).numel() >= max(1, group["min_8bit_size"])
+
+    def _quantised(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Blocks run over the whole parameter, so every shard but the last must end where a block does."""
+        axis = shards.mesh_axis(p)
+        if axis is not None:
+            inner = torch.Size(p.shape[1:]).numel()
+            ends = accumulate(shards.rows(p.shape[0], p.device_mesh.size(axis)))  # type: ignore[attr-defined]
+            if any(end * inner % BLOCK and end < p.shape[0] for end in ends):
+                return False
+        return super()._quantised(p, group)
 
     def _spec(self, shape: tuple[int, ...], group: dict[str, Any], quantised: bool) -> Spec:
         dtype = torch.uint8 if quantised else torch.float32
