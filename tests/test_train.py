@@ -34,8 +34,10 @@ def test_autoencoder_learns_and_exports(autoencoder):
     assert 0.5 < latents.std() < 2.0  # the scaling factor gives about unit variance
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(autoencoder, tmp_path):
-    common = [*TINY, "task=autoencoder", "steps=6", "seed=3"]
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "came8bit", "came"])
+def test_an_interrupted_run_ends_with_the_same_weights(optimizer, tmp_path):
+    betas = "betas=[0.9,0.999,0.9999]" if "came" in optimizer else "betas=[0.9,0.99]"
+    common = [*TINY, f"optimizer={optimizer}", betas, "task=autoencoder", "steps=6", "seed=3"]
     straight = train(load_config(None, [*common, f"out={tmp_path / 'a'}"]))
     train(load_config(None, [*common[:-2], "steps=4", "seed=3", f"out={tmp_path / 'b'}"]))
     # As if killed after step 4 with a half-written checkpoint and a cut-off line behind it.
@@ -114,6 +116,8 @@ def test_config_files_and_overrides(tmp_path):
         (["steps=many"], "steps must be int"),
         (["steps=0"], "steps must be at least 1"),
         (["precision=fp8"], "precision must be one of"),
+        (["optimizer=sgd"], "optimizer must be one of adamw, adamw8bit, came8bit, came, got 'sgd'"),
+        (["optimizer=came8bit"], "betas must be 3 numbers for came8bit, got"),
         (["lr"], "must have the form key=value"),
         (["betas=[1"], "the value is not valid YAML"),
         (["seed=1", "seed.x=2"], "seed is no mapping"),

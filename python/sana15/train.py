@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+import sana_ext.optim
+
 from .data import Batch, scene_batches
 from .train_config import TrainConfig, load_config
 
@@ -82,9 +84,7 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     task = _task(config, device)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = _optimizer(config, parameters)
     average = Average(task.module, config.ema)
     first = resume(out, task.module, average, optimizer)
     log = MetricsLog(out, first)
@@ -130,6 +130,15 @@ def train(config: TrainConfig) -> Path:
     log.close()
     _with_average(task, average, lambda: task.export(out / "export"))
     return out / "export"
+
+
+def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    shared: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **shared, fused=True)
+    if config.optimizer == "adamw8bit":
+        return sana_ext.optim.AdamW8bit(parameters, **shared)
+    return sana_ext.optim.CAME8bit(parameters, **shared, **({"code": None} if config.optimizer == "came" else {}))
 
 
 def _task(config: TrainConfig, device: str) -> Task:

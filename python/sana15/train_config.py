@@ -47,7 +47,8 @@ class TrainConfig:
     schedule: str = (
         "constant"  # constant | cosine | decay (constant, then linearly to 0 in the last fifth of the steps)
     )
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    optimizer: str = "adamw"  # adamw | adamw8bit | came8bit | came (the same with an fp32 first moment)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # three for CAME
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # global norm; 0 switches clipping off
     ema: float = 0.999  # decay of the averaged weights that are evaluated and exported
@@ -68,11 +69,15 @@ class TrainConfig:
         for name, allowed in {
             "task": ("transformer", "autoencoder"),
             "schedule": ("constant", "cosine", "decay"),
+            "optimizer": ("adamw", "adamw8bit", "came8bit", "came"),
             "precision": ("fp32", "bf16"),
             "device": ("auto", "cpu", "cuda"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        expected = 3 if self.optimizer.startswith("came") else 2
+        if len(self.betas) != expected:
+            raise ValueError(f"betas must be {expected} numbers for {self.optimizer}, got {self.betas}")
         for name in ("steps", "batch_size", "log_every", "save_every", "keep", "sample_every", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
