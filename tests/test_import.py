@@ -161,7 +161,10 @@ STABLE_TORCH_LIBRARY_IMPL(sana_ext, CPU, m) { m.impl("op_of_another_version", TO
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [("int nothing;", r"it lacks kernels \(.*linear_forward, .*\)"), (FOREIGN, r"unknown ops \(op_of_another_version\)")],
+    [
+        ("int nothing;", r"it lacks kernels \(.*linear_forward, .*\)"),
+        (FOREIGN, r"unknown ops \(op_of_another_version\)"),
+    ],
     ids=["no kernels", "unknown op"],
 )
 def test_library_of_another_version_raises_and_names_the_file(tmp_path, source, says):
