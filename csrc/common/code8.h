@@ -66,7 +66,7 @@ SANA_EXT_HOST_DEVICE inline float dynamic_magnitude(int k, bool is_signed) {
 #ifdef __CUDA_ARCH__
     const float part = __fmul_rn(step, count);
 #else
-    const float part = step * count;
+    const volatile float part = step * count;  // kept from being fused with the sum below
 #endif
     edges[j] = near_low ? 0.1f + part : 1.0f - part;
   }
