@@ -5,6 +5,7 @@ import resource
 import pytest
 import torch
 
+import sana_ext
 from sana15.cli import main
 from sana15.config import SanaConfig
 from sana15.memory import OPTIMIZERS, training_memory
@@ -70,6 +71,14 @@ def test_published_sizes_take_no_memory():
     came, adamw = (next(r for r in rows if r.optimizer == name) for name in ("CAME8bit", "AdamW8bit"))
     assert came.state <= 1.03 * parameters
     assert adamw.state <= 2.04 * parameters
+
+
+@pytest.mark.parametrize(("code", "most"), [("256-dynamic", 1.03), ("2048-linear", 1.023)])
+@pytest.mark.parametrize("size", ["1600M", "4800M"])  # the 600M, with more in 3x3 kernels, takes 1.036 and 1.043
+def test_state_of_came8bit_per_parameter(size, code, most):
+    model = _meta(size)
+    optimizer = sana_ext.optim.CAME8bit(model.parameters(), 1e-4, code=code)
+    assert optimizer.state_bytes() <= most * sum(p.numel() for p in model.parameters())
 
 
 def peak():
