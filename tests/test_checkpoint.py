@@ -109,7 +109,7 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("sana15.checkpoint.write_tensors", full)
+    monkeypatch.setattr("sana15.checkpoint.stream_tensors", full)
     with pytest.raises(OSError, match="no space"):
         save_transformer(SanaTransformer(SanaConfig(**SMALL)), tmp_path / "t")
     assert (tmp_path / "t" / WEIGHTS).read_bytes() == before

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from .config import SanaConfig
-from .files import DataError, open_tensors, read_json, write_tensors
+from .files import CODES, DataError, open_tensors, read_json, stream_tensors
 from .model import SanaTransformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def write_folder(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
 ) -> None:
-    """Writes config.json and the weights, one file in memory at a time.
+    """Writes config.json and the weights, one tensor in memory at a time.
 
     Args:
         dtype: of all tensors; None: as they are.
@@ -178,12 +178,8 @@ def _write_shards(weights: Weights, folder: Path, dtype: torch.dtype | None, sha
 
 
 def write_weights(weights: Weights, path: Path, dtype: torch.dtype | None = None) -> None:
-    """One safetensors file. Tensors are copied, because parts of one tensor must not share memory in a file."""
-    state = {
-        name: w.load().detach().to("cpu", dtype or w.dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, w in weights.items()
-    }
-    write_tensors(state, path)
+    """One safetensors file, one tensor in memory at a time."""
+    stream_tensors({name: (w.shape, dtype or w.dtype, w.load) for name, w in weights.items()}, path)
 
 
 def parse_bytes(text: str) -> int:

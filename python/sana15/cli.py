@@ -35,6 +35,12 @@ def _eval(args: argparse.Namespace) -> None:
     run(args)
 
 
+def _grow(args: argparse.Namespace) -> None:
+    from .growth_files import run
+
+    run(args)
+
+
 def _convert(args: argparse.Namespace) -> None:
     import torch
 
@@ -79,7 +85,7 @@ def _info(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
-        prog="sana15", description="SANA-1.5: train, make pictures, score them, convert checkpoints."
+        prog="sana15", description="SANA-1.5: train, grow, make pictures, score them, convert checkpoints."
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -118,6 +124,23 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
     evaluate.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     evaluate.set_defaults(run=_eval)
+
+    grow = commands.add_parser("grow", help="a deeper model from a trained one, from folder to folder")
+    grow.add_argument("source", metavar="SRC", help='"mini", a transformer folder or a pipeline folder')
+    grow.add_argument("target", metavar="DST", help="folder; must not exist")
+    grow.add_argument("--layers", type=int, required=True, help="blocks of the grown model")
+    grow.add_argument(
+        "--keep", type=int, metavar="K", help="blocks kept, the first K (default: all; partial_preservation: all but two)"
+    )
+    grow.add_argument(
+        "--strategy", default="partial_preservation", metavar="NAME",
+        help="partial_preservation (default), interleave, cyclic, block_replication or stack",
+    )  # fmt: skip
+    grow.add_argument("--seed", type=int, default=0, help="of the new blocks (default 0)")
+    grow.add_argument("--add-qk-norm", action="store_true", help="give a SANA-1.0 model the norms of SANA-1.5")
+    grow.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB")
+    grow.add_argument("--check", action="store_true", help="read everything back and compare with the source's function")
+    grow.set_defaults(run=_grow)
 
     convert = commands.add_parser("convert", help="the authors' .pth or a diffusers folder to a diffusers folder")
     convert.add_argument(

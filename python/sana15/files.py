@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+#: safetensors' names of the dtypes that weights may have.
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class DataError(ValueError):
@@ -60,6 +63,37 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
+
+
+def stream_tensors(
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]], path: Path
+) -> None:
+    """A safetensors file from tensors that are made one at a time, so that no two are in memory.
+
+    Args:
+        tensors: name -> (shape, dtype, what makes the tensor); its values are converted to that dtype.
+
+    Raises:
+        ValueError: a tensor has another shape than announced.
+    """
+    # Wide numbers first, as the library orders them: then every tensor is aligned to its own width.
+    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        shape, dtype, _ = tensors[name]
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            shape, dtype, make = tensors[name]
+            tensor = make().detach().to("cpu", dtype).contiguous()
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
 @contextmanager

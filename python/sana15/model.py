@@ -260,7 +260,10 @@ class SanaTransformer(nn.Module):
 
     Attributes:
         gradient_checkpointing: recompute each block in the backward instead of storing its activations.
+        growth_map: of a model that sana15.grow made: for every block the source's block that it copies, None for a new one.
     """
+
+    growth_map: list[int | None] | None = None
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()

@@ -1,0 +1,257 @@
+"""`sana15 grow`: depth growth from folder to folder, one tensor in memory at a time, and the proof that the start is exact."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import (
+    Weight,
+    Weights,
+    folder_weights,
+    parse_bytes,
+    require_fit,
+    weight_files,
+    write_folder,
+)
+from .config import SanaConfig
+from .files import DataError, open_tensors, read_json
+from .growth import BLOCKS, GrowthMap, block_of, grown_config, grown_weights, growth_map
+from .model import SanaTransformer
+from .release import parameter_shapes
+
+SETTINGS = "sana15.json"
+#: A grown checkpoint is cut into files of at most this many bytes, or of the source's largest file if that is more.
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Outputs of two models on the same input, in fp32."""
+
+    equal: bool  # torch.equal
+    largest: float  # absolute difference
+    scale: float  # largest absolute output of the first
+
+    def __str__(self) -> str:
+        return "torch.equal" if self.equal else f"off by up to {self.largest:.3g} (outputs up to {self.scale:.3g})"
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What grow_folder did."""
+
+    config: SanaConfig
+    depth: int  # blocks of the source
+    keep: int
+    strategy: str
+    seed: int
+    blocks: GrowthMap
+    added_norms: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether the grown model must begin as the function of the kept blocks."""
+        return [b for b in self.blocks if b is not None] == [*range(self.keep)] and not self.added_norms
+
+
+def grow_folder(
+    source: str | Path,
+    target: str | Path,
+    *,
+    layers: int,
+    keep: int | None = None,
+    strategy: str = "partial_preservation",
+    seed: int = 0,
+    add_qk_norm: bool = False,
+    shard_bytes: int | None = None,
+    check: bool = False,
+) -> tuple[Growth, list[str]]:
+    """A grown model from a transformer folder or a whole pipeline folder in diffusers' layout.
+
+    Other parts of a pipeline are copied. The growth is recorded under `growth` in the target's sana15.json.
+
+    Args:
+        source: a folder; or "mini".
+        target: must not exist; it appears when everything is written (and checked).
+        layers, keep, strategy, seed, add_qk_norm: as in sana15.grow.
+        shard_bytes: the most that a weights file may hold. Default: as the source's largest file, at least 5 GB.
+        check: read everything back and compare functions, see check_growth.
+
+    Returns:
+        What was done, and the lines of the check.
+
+    Raises:
+        ValueError: arguments that cannot be. FileNotFoundError, DataError: the source is bad, or the check failed. In
+        every case the source is untouched and the target is not there.
+    """
+    source, target = _source(source), Path(target)
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target} exists; remove it or choose another place")
+    if source.resolve() in target.resolve().parents:
+        raise ValueError(f"{target} lies inside the source {source}; choose another place")
+    pipeline = (source / "transformer").is_dir()
+    folder = source / "transformer" if pipeline else source
+    old = SanaConfig.load(folder)
+    blocks, keep = growth_map(old.num_layers, layers, keep, strategy)
+    config = grown_config(old, layers, add_qk_norm)
+    growth = Growth(config, old.num_layers, keep, strategy, seed, blocks, config.qk_norm != old.qk_norm)
+    weights = reopening(folder)
+    require_fit(weights, parameter_shapes(old), str(folder))
+    if shard_bytes is None:
+        shard_bytes = max(SHARD_BYTES, *(path.stat().st_size for path in set(weight_files(folder).values())))
+    settings = read_json(source / SETTINGS) if (source / SETTINGS).exists() else {}
+    settings["growth"] = {
+        "strategy": strategy, "source_layers": old.num_layers, "keep": keep, "seed": seed, "map": blocks,
+        "added_qk_norm": growth.added_norms,
+    }  # fmt: skip
+
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        if pipeline:  # links are followed: a download cache is made of them
+            shutil.copytree(source, partial, ignore=lambda at, _: ["transformer"] if Path(at) == source else [])
+        else:
+            partial.mkdir(parents=True)
+        made = partial / "transformer"
+        write_folder(config, grown_weights(weights, config, blocks, seed), made, shard_bytes=shard_bytes)
+        lines = check_growth(folder, made, growth) if check else []
+        whole = partial if pipeline else made
+        (whole / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(whole, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return growth, lines
+
+
+def _source(source: str | Path) -> Path:
+    if str(source) == "mini":
+        from .pipeline import MINI
+
+        return MINI
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"{source} is no folder")
+    return Path(source)
+
+
+def reopening(folder: Path) -> dict[str, Weight]:
+    """Every tensor of a folder; its file is opened for each anew, so that no more of it than that tensor is in memory."""
+    files = weight_files(folder)
+
+    def load(name: str) -> torch.Tensor:
+        with open_tensors(files[name]) as stored:
+            return stored.get_tensor(name)
+
+    return {
+        name: Weight(w.shape, w.dtype, lambda n=name: load(n))  # type: ignore[misc]
+        for name, w in folder_weights(folder).items()
+    }
+
+
+def check_growth(source: Path, grown: Path, growth: Growth) -> list[str]:
+    """Reads a grown transformer folder back: every tensor must be the documented one, and the function is compared.
+
+    Where the growth must be exact, the grown model's output has to be torch.equal to that of the source without its
+    dropped blocks. Both run in fp32 on a random input, one block in memory at a time.
+
+    Returns:
+        What was found, line by line.
+
+    Raises:
+        DataError: a tensor, or a function that must be kept, is not as it should be.
+    """
+    old_config = SanaConfig.load(source)
+    old, new = reopening(source), reopening(grown)
+    expected = grown_weights(old, growth.config, growth.blocks, growth.seed)
+    require_fit(new, {name: w.shape for name, w in expected.items()}, str(grown))
+    for name, weight in expected.items():
+        if not _same_bits(weight.load(), new[name].load()):
+            raise DataError(f"{grown}: {name} is not what {growth.strategy} makes of the source")
+    lines = [f"{len(expected)} tensors read back: the source's, or the documented start of a new block, bit for bit"]
+
+    kept = dataclasses.replace(old_config, num_layers=growth.keep)
+    dropped = growth.depth - growth.keep
+    reference = f"the source without its last {dropped} blocks" if dropped else "the source"
+    output = streamed_output(new, growth.config)
+    found = difference(streamed_output(old, kept), output)
+    if growth.exact and not found.equal:
+        raise DataError(f"{grown}: the grown model must equal {reference}, but it is {found}")
+    lines.append(f"against {reference}: {found}")
+    if dropped:
+        lines.append(f"against the whole source: {difference(streamed_output(old, old_config), output)}")
+    if not growth.exact:
+        why = "qk-norm was added" if growth.added_norms else f"{growth.strategy} repeats trained blocks"
+        lines.append(f"the start does not preserve the function: {why}")
+    return lines
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    def bits(t: torch.Tensor) -> torch.Tensor:
+        return t.contiguous().reshape(-1).view(torch.uint8)
+
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def difference(expected: torch.Tensor, found: torch.Tensor) -> Difference:
+    """DataError where the expected output is not finite: nothing can be compared."""
+    if not expected.isfinite().all():
+        raise DataError("the source's output is not finite on the random input of the check")
+    return Difference(
+        torch.equal(expected, found), (expected - found).abs().max().item(), expected.abs().max().item()
+    )
+
+
+@torch.no_grad()
+def streamed_output(weights: Weights, config: SanaConfig) -> torch.Tensor:
+    """The output of a model's first config.num_layers blocks on a fixed random input, with one block's weights in memory."""
+    with torch.device("meta"):
+        model = SanaTransformer(config).eval()
+
+    def fill(module: torch.nn.Module, prefix: str, names: Sequence[str]) -> None:
+        state = {name: weights[prefix + name].load().float() for name in names}
+        module.load_state_dict(state, strict=False, assign=True)
+
+    # The tables of all blocks are small, and each block's is asked for by the one before it.
+    always = [n for n in parameter_shapes(config) if block_of(n)[0] is None or n.endswith(".scale_shift_table")]
+    fill(model, "", always)
+    for index, block in enumerate(model.transformer_blocks):
+        names = list(block.state_dict())
+        block.register_forward_pre_hook(lambda module, _, i=index, n=names: fill(module, f"{BLOCKS}{i}.", n))
+        block.register_forward_hook(lambda module, _, out: (module.to("meta"), out)[1])
+    generator = torch.Generator().manual_seed(0)
+    side = 4 * config.patch_size
+    mask = torch.ones(2, 6)
+    mask[1, 3:] = 0
+    return model(
+        torch.randn(2, config.in_channels, side, side, generator=generator),
+        torch.randn(2, 6, config.caption_channels, generator=generator),
+        torch.tensor([900.0, 250.0]),
+        mask,
+        torch.tensor([0.45, 0.2]) if config.guidance_embeds else None,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """`sana15 grow`."""
+    growth, lines = grow_folder(
+        args.source, args.target, layers=args.layers, keep=args.keep, strategy=args.strategy, seed=args.seed,
+        add_qk_norm=args.add_qk_norm, check=args.check,
+        shard_bytes=parse_bytes(args.shard_size) if args.shard_size else None,
+    )  # fmt: skip
+    new = growth.blocks.count(None)
+    total = sum(torch.Size(shape).numel() for shape in parameter_shapes(growth.config).values())
+    print(
+        f"{args.target}: {total:,} parameters, {growth.depth} -> {len(growth.blocks)} blocks by {growth.strategy}: the "
+        f"first {growth.keep} kept, {len(growth.blocks) - new} copied, {new} new"
+        f"{', qk-norm added' if growth.added_norms else ''}"
+    )
+    for line in lines:
+        print(f"check: {line}")
