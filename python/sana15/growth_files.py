@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,17 +215,24 @@ def streamed_output(weights: Weights, config: SanaConfig) -> torch.Tensor:
     with torch.device("meta"):
         model = SanaTransformer(config).eval()
 
-    def fill(module: torch.nn.Module, prefix: str, names: Sequence[str]) -> None:
-        state = {name: weights[prefix + name].load().float() for name in names}
-        module.load_state_dict(state, strict=False, assign=True)
+    def loaded(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: weights[name].load().float() for name in names}
 
     # The tables of all blocks are small, and each block's is asked for by the one before it.
     always = [n for n in parameter_shapes(config) if block_of(n)[0] is None or n.endswith(".scale_shift_table")]
-    fill(model, "", always)
-    for index, block in enumerate(model.transformer_blocks):
-        names = list(block.state_dict())
-        block.register_forward_pre_hook(lambda module, _, i=index, n=names: fill(module, f"{BLOCKS}{i}.", n))
-        block.register_forward_hook(lambda module, _, out: (module.to("meta"), out)[1])
+    model.load_state_dict(loaded(always), strict=False, assign=True)
+    blocks: list[torch.nn.Module] = list(model.transformer_blocks)
+    shared = {  # the blocks run one after the other, in the same memory
+        name: torch.empty(p.shape) for name, p in blocks[0].named_parameters() if name != "scale_shift_table"
+    }
+
+    def fill(index: int) -> None:
+        for name, tensor in shared.items():
+            tensor.copy_(weights[f"{BLOCKS}{index}.{name}"].load())
+
+    for index, block in enumerate(blocks):
+        block.load_state_dict(shared, strict=False, assign=True)
+        block.register_forward_pre_hook(lambda module, _, i=index: fill(i))
     generator = torch.Generator().manual_seed(0)
     side = 4 * config.patch_size
     mask = torch.ones(2, 6)

@@ -45,9 +45,10 @@ def grow_optimizer_state(
     if target is None:
         new_groups, first = [], 0
         for saved, grown in zip(state["param_groups"], _grown_groups(groups, growth_map)):
-            keys = [*range(first, first + len(grown))]
+            numbers = [*range(first, first + len(grown))]
             first += len(grown)
-            new_groups.append({**saved, "params": keys, "param_names": grown})
+            by_name = any(isinstance(key, str) for key in saved["params"])
+            new_groups.append({**saved, "params": grown if by_name else numbers, "param_names": grown})
     else:
         new_groups = [dict(group) for group in target["param_groups"]]
     result: dict[Any, Any] = {}
@@ -59,9 +60,10 @@ def grow_optimizer_state(
                 result[key] = {  # cloned: copies of one block must not share their state
                     k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in entry.items()
                 }
-    if names is not None and target is None:  # the source's optimizer did not know names, so the grown one need not
-        for group in new_groups:
-            del group["param_names"]
+    if target is None:  # what the source's groups did not have, the grown one's need not
+        for saved, group in zip(state["param_groups"], new_groups):
+            if "param_names" not in saved:
+                del group["param_names"]
     return {**state, "state": result, "param_groups": new_groups}
 
 
