@@ -132,6 +132,23 @@ def grow_folder(
     return growth, lines
 
 
+def recorded_map(folder: str | Path, layers: int) -> GrowthMap:
+    """The growth map in a folder's sana15.json; empty where none is recorded.
+
+    Raises:
+        DataError: it is not a map of `layers` blocks.
+    """
+    path = Path(folder) / SETTINGS
+    growth = read_json(path).get("growth") if path.exists() else None
+    if growth is None:
+        return []
+    blocks = growth.get("map") if isinstance(growth, dict) else None
+    valid = isinstance(blocks, list) and all(b is None or (type(b) is int and b >= 0) for b in blocks)
+    if not isinstance(blocks, list) or not valid or len(blocks) != layers:
+        raise DataError(f"{path}: growth.map must name a source block or null for each of the {layers} blocks")
+    return blocks
+
+
 def _source(source: str | Path) -> Path:
     if str(source) == "mini":
         from .pipeline import MINI

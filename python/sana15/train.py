@@ -27,6 +27,7 @@ from tqdm import tqdm
 import sana_ext.optim
 
 from .data import Batch, scene_batches
+from .growth_training import set_learning_rates
 from .train_config import TrainConfig, load_config
 
 
@@ -40,6 +41,10 @@ class Task(Protocol):
     def sample(self, folder: Path, step: int) -> dict[str, float]: ...
 
     def export(self, folder: Path) -> None: ...
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        ...
 
 
 class Average:
@@ -84,7 +89,7 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     task = _task(config, device)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = _optimizer(config, parameters)
+    optimizer = _optimizer(config, task.groups())
     average = Average(task.module, config.ema)
     first = resume(out, task.module, average, optimizer)
     log = MetricsLog(out, first)
@@ -93,8 +98,7 @@ def train(config: TrainConfig) -> Path:
     total = torch.zeros((), device=device)
     for batch in scene_batches(config.seed, config.batch_size, first, config.steps, config.workers):
         step = batch.step
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        set_learning_rates(optimizer, learning_rate(config, step), step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = task.loss(batch, generator)
@@ -132,7 +136,7 @@ def train(config: TrainConfig) -> Path:
     return out / "export"
 
 
-def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(config: TrainConfig, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
     shared: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **shared, fused=True)

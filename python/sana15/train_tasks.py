@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 
 from . import flow
 from .autoencoder import MINI, Autoencoder
-from .checkpoint import save_transformer
+from .checkpoint import load_transformer, save_transformer
 from .config import SanaConfig
 from .data import Batch, SceneBatches
+from .growth_files import recorded_map
+from .growth_training import block_groups, block_multipliers
 from .model import SanaTransformer
 from .pipeline import Pipeline
 from .scenes.checker import check
@@ -51,6 +54,9 @@ class AutoencoderTask:
         _grid(rows, 16).save(_made(folder) / f"{step:08d}.png")
         return {"psnr": -10 * torch.log10(error).item()}
 
+    def groups(self) -> list[dict[str, Any]]:
+        return [{"params": [p for p in self.module.parameters() if p.requires_grad]}]
+
     def export(self, folder: Path) -> None:
         """Fixes the scaling factor so that latents have unit variance, and saves in half precision."""
         latents = torch.cat(
@@ -70,13 +76,36 @@ class TransformerTask:
         if not self.config.autoencoder:
             raise ValueError("transformer.autoencoder must name the folder of a trained autoencoder")
         self.autoencoder = Autoencoder.load(self.config.autoencoder).requires_grad_(False).to(device)
-        text = MiniTextEncoder(list(word_list()), self.config.text_width, self.config.text_heads)
-        sizes = {"caption_channels": self.config.text_width, "in_channels": self.autoencoder.channels}
-        model = SanaTransformer(SanaConfig.named(self.config.size, out_channels=self.autoencoder.channels, **sizes))
-        initialise(model)
+        self.growth_map: list[int | None] = []
+        if self.config.start:
+            text, model = self._started(Path(self.config.start))
+        else:
+            text = MiniTextEncoder(list(word_list()), self.config.text_width, self.config.text_heads)
+            sizes = {"caption_channels": self.config.text_width, "in_channels": self.autoencoder.channels}
+            model = SanaTransformer(SanaConfig.named(self.config.size, out_channels=self.autoencoder.channels, **sizes))
+            initialise(model)
         model.gradient_checkpointing = self.config.gradient_checkpointing
         self.module: nn.Module = nn.ModuleDict({"text": text, "transformer": model}).to(device)
         self.denoise = torch.compile(model) if self.config.compile else model
+
+    def _started(self, folder: Path) -> tuple[MiniTextEncoder, SanaTransformer]:
+        """Both parts of a pipeline folder, and its growth map where it has one."""
+        text, model = MiniTextEncoder.load(folder / "text_encoder"), load_transformer(folder / "transformer")
+        if model.config.in_channels != self.autoencoder.channels:
+            raise ValueError(
+                f"{folder} has {model.config.in_channels} latent channels, the autoencoder {self.autoencoder.channels}"
+            )
+        self.growth_map = recorded_map(folder, model.config.num_layers)
+        return text.train(), model.train()
+
+    def groups(self) -> list[dict[str, Any]]:
+        c = self.config
+        rates = c.block_lr
+        if (c.old_lr, c.new_lr) != (1.0, 1.0):
+            if rates or not self.growth_map:
+                raise ValueError("transformer.old_lr and new_lr need a grown model in transformer.start, and no block_lr")
+            rates = block_multipliers(self.growth_map, c.old_lr, c.new_lr)
+        return block_groups(self.module.named_parameters(), rates, self.growth_map, c.freeze_old)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         count = len(batch.prompts)

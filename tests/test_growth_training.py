@@ -1,0 +1,180 @@
+"""Training on after growth: optimizer states carried over by name, learning rates by block, old blocks frozen at first."""
+
+import json
+
+import pytest
+import tiny_pipeline
+import torch
+from safetensors.torch import load_file
+from test_growth import source
+from test_model import batch
+
+import sana15
+import sana_ext.optim
+from sana15.checkpoint import WEIGHTS
+from sana15.growth import block_of
+from sana15.growth_files import grow_folder
+from sana15.growth_training import block_groups, block_multipliers, set_learning_rates
+from sana15.train import train
+from sana15.train_config import load_config
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "AdamW8bit": lambda p: sana_ext.optim.AdamW8bit(p, lr=1e-3, min_8bit_size=256),
+    "CAME8bit": lambda p: sana_ext.optim.CAME8bit(p, lr=1e-3, min_8bit_size=256),
+}
+
+
+def stepped(model, optimizer, steps=2):
+    for seed in range(steps):
+        optimizer.zero_grad()
+        model(*batch(seed=seed).values()).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def by_name(optimizer, model):
+    return {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("strategy", ["partial_preservation", "interleave", "cyclic"])
+@pytest.mark.parametrize("way", ["names in the state", "names given", "target"])
+def test_optimizer_states_follow_their_blocks(kind, strategy, way):
+    make, model = OPTIMIZERS[kind], source(3)
+    named = way != "names given"
+    optimizer = stepped(model, make([*model.named_parameters()] if named else [*model.parameters()]))
+    big = sana15.grow(model, 5, keep=2, strategy=strategy)
+    new = make([*big.named_parameters()] if named else [*big.parameters()])
+    options = {"names given": {"names": [n for n, _ in model.named_parameters()]}, "target": {"target": new.state_dict()}}
+    state = sana15.grow_optimizer_state(optimizer.state_dict(), big.growth_map, **options.get(way, {}))
+    new.load_state_dict(state)
+    before, after = by_name(optimizer, model), by_name(new, big)
+    for name, entry in after.items():
+        index, inner = block_of(name)
+        old = None if index is None else big.growth_map[index]
+        if index is not None and old is None:
+            assert not entry, name
+        else:
+            assert equal(entry, before[name if index is None else f"transformer_blocks.{old}.{inner}"]), name
+    tensors = [t.data_ptr() for entry in state["state"].values() for t in entry.values() if t.dim()]
+    assert len(set(tensors)) == len(tensors)  # copies of a block have states of their own
+    stepped(big, new)
+    assert all(by_name(new, big).values())
+
+
+def test_states_of_groups_and_of_a_wrapped_model():
+    """Weight decay in one group, none in the other, and the transformer inside of something larger."""
+    model = torch.nn.ModuleDict({"text": torch.nn.Linear(3, 3), "transformer": source(3)})
+
+    def groups(module):
+        named = [*module.named_parameters()]
+        return [
+            {"params": [(n, p) for n, p in named if p.dim() > 1]},
+            {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    big = torch.nn.ModuleDict({"text": model["text"], "transformer": sana15.grow(model["transformer"], 5, keep=3)})
+    new = torch.optim.AdamW(groups(big), lr=1e-3)
+    new.load_state_dict(sana15.grow_optimizer_state(optimizer.state_dict(), big["transformer"].growth_map))
+    assert [g["weight_decay"] for g in new.param_groups] == [0.01, 0.0]
+    before, after = by_name(optimizer, model), by_name(new, big)
+    for name, entry in after.items():
+        is_new = any(f"_blocks.{i}." in name for i in (3, 4))
+        assert (not entry) if is_new else equal(entry, before[name]), name
+
+
+def test_added_norms_start_without_state():
+    model = source(2, qk_norm=None)
+    optimizer = stepped(model, torch.optim.AdamW(model.named_parameters()))
+    big = sana15.grow(model, 4, keep=2, add_qk_norm=True)
+    new = torch.optim.AdamW(big.named_parameters())
+    state = sana15.grow_optimizer_state(optimizer.state_dict(), big.growth_map, target=new.state_dict())
+    new.load_state_dict(state)
+    after = by_name(new, big)
+    assert not after["transformer_blocks.0.attn1.norm_q.weight"]
+    assert equal(after["transformer_blocks.1.attn1.to_q.weight"], by_name(optimizer, model)["transformer_blocks.1.attn1.to_q.weight"])  # fmt: skip
+
+
+def test_states_that_cannot_be_matched_are_refused():
+    model = source(2)
+    plain = stepped(model, torch.optim.AdamW(model.parameters()), 1).state_dict()
+    named = torch.optim.AdamW(model.named_parameters()).state_dict()
+    split = torch.optim.AdamW(
+        [{"params": [*model.transformer_blocks[0].named_parameters(prefix="transformer_blocks.0")]},
+         {"params": [*model.transformer_blocks[1].named_parameters(prefix="transformer_blocks.1")]}]
+    ).state_dict()  # fmt: skip
+    for state, blocks, options, message in (
+        (plain, [0, 1, None], {}, "has no parameter names"),
+        (plain, [0, 1, None], {"names": ["a"]}, "parameters, but 1 names were given"),
+        (named, [0, 2, None], {}, "names block 2 of 2"),
+        (split, [0, 1, None], {}, "is in several groups: pass target"),
+        (named, [0], {"target": named}, "lies outside the 1 blocks of the growth map"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sana15.grow_optimizer_state(state, blocks, **options)
+
+
+def test_learning_rates_and_freezing_by_block():
+    big = sana15.grow(source(2), 3, keep=2)
+    rates = block_multipliers(big.growth_map, 0.5, 2.0)
+    assert rates == [0.5, 0.5, 2.0]
+    optimizer = torch.optim.AdamW(block_groups(big.named_parameters(), rates, big.growth_map, freeze_steps=2))
+    found = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    assert found.keys() == dict(big.named_parameters()).keys()
+    start = {n: p.detach().clone() for n, p in big.named_parameters()}
+    for step in range(3):
+        set_learning_rates(optimizer, 1e-3, step)
+        assert found["proj_out.bias"]["lr"] == 1e-3
+        assert found["transformer_blocks.1.ff.conv_point.weight"]["lr"] == 0.5e-3
+        assert found["transformer_blocks.2.ff.conv_point.weight"]["lr"] == 2e-3
+        stepped(big, optimizer, 1)
+        for name, p in big.named_parameters():
+            frozen = step < 2 and (block_of(name)[0] or 0) < 2 and block_of(name)[0] is not None
+            if frozen or name.endswith(("conv_point.weight", "proj_out.bias")):
+                assert torch.equal(p, start[name]) == frozen, (name, step)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0],), "block 1 lies outside the 1 blocks of the multipliers"),
+        (([1.0, -1.0],), "must be at least 0"),
+        (([], [], 3), "needs a growth map"),
+        (([], [0], 3), "lies outside the 1 blocks of the growth map"),
+    ],
+)
+def test_groups_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        block_groups(source(2).named_parameters(), *arguments)
+
+
+def test_training_from_a_grown_folder(tmp_path):
+    src = tiny_pipeline.make(tmp_path / "src")
+    grow_folder(src, tmp_path / "big", layers=4, keep=2)
+    common = ["batch_size=4", "save_every=1", "keep=3", "sample_every=100", "sample_steps=1", "warmup=1", "steps=3"]
+    common += [f"transformer.autoencoder={src / 'vae'}", f"transformer.start={tmp_path / 'big'}"]
+    out = tmp_path / "run"
+    train(load_config(None, [*common, "transformer.freeze_old=2", "transformer.new_lr=2", f"out={out}"]))
+    start = load_file(tmp_path / "big" / "transformer" / WEIGHTS)
+    moved = {}
+    for step in (1, 2, 3):
+        weights = load_file(out / f"checkpoint-{step:08d}" / "weights.safetensors")
+        name = "transformer_blocks.{}.ff.conv_point.weight"
+        moved[step] = [
+            not torch.equal(weights["transformer." + name.format(i)], start[name.format(i)].float()) for i in range(4)
+        ]
+    assert moved == {1: [False, False, True, True], 2: [False, False, True, True], 3: [True] * 4}
+    with pytest.raises(ValueError, match="need a grown model"):
+        train(load_config(None, [*common[:-1], "transformer.new_lr=2", f"transformer.start={src}", f"out={tmp_path / 'x'}"]))  # fmt: skip
+    (tmp_path / "big" / "sana15.json").write_text(json.dumps({"growth": {"map": [0, 1]}}))
+    with pytest.raises(ValueError, match="must name a source block or null for each of the 4 blocks"):
+        train(load_config(None, [*common, f"out={tmp_path / 'y'}"]))
