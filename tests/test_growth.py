@@ -224,7 +224,8 @@ def test_a_pipeline_grows_with_its_other_parts(tmp_path):
 
 def test_norms_added_to_a_folder(tmp_path, capsys):
     save_transformer(source(qk_norm=None), tmp_path / "src", dtype=torch.bfloat16)
-    assert main(["grow", str(tmp_path / "src"), str(tmp_path / "dst"), "--layers", "5", "--keep", "4", "--add-qk-norm", "--check"]) == 0  # fmt: skip
+    arguments = ["--layers", "5", "--keep", "4", "--add-qk-norm", "--check"]
+    assert main(["grow", str(tmp_path / "src"), str(tmp_path / "dst"), *arguments]) == 0
     assert "the start does not preserve the function: qk-norm was added" in capsys.readouterr().out
     stored = load_file(tmp_path / "dst" / WEIGHTS)
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
@@ -364,7 +365,6 @@ print(peak() - before)
     (dst / WEIGHTS).unlink()
     # The check holds in fp32 what stands outside the blocks, and one block: 12 % of the source's 20 blocks in bf16.
     assert sizes[1] > 2.8 * sizes[0]
-    print(grown, sizes)
     assert grown < 0.4 * sizes[0], (grown, sizes)
 
 

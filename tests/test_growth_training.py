@@ -50,7 +50,10 @@ def test_optimizer_states_follow_their_blocks(kind, strategy, way):
     optimizer = stepped(model, make([*model.named_parameters()] if named else [*model.parameters()]))
     big = sana15.grow(model, 5, keep=2, strategy=strategy)
     new = make([*big.named_parameters()] if named else [*big.parameters()])
-    options = {"names given": {"names": [n for n, _ in model.named_parameters()]}, "target": {"target": new.state_dict()}}
+    options = {
+        "names given": {"names": [n for n, _ in model.named_parameters()]},
+        "target": {"target": new.state_dict()},
+    }
     state = sana15.grow_optimizer_state(optimizer.state_dict(), big.growth_map, **options.get(way, {}))
     new.load_state_dict(state)
     before, after = by_name(optimizer, model), by_name(new, big)
@@ -101,7 +104,8 @@ def test_added_norms_start_without_state():
     new.load_state_dict(state)
     after = by_name(new, big)
     assert not after["transformer_blocks.0.attn1.norm_q.weight"]
-    assert equal(after["transformer_blocks.1.attn1.to_q.weight"], by_name(optimizer, model)["transformer_blocks.1.attn1.to_q.weight"])  # fmt: skip
+    name = "transformer_blocks.1.attn1.to_q.weight"
+    assert equal(after[name], by_name(optimizer, model)[name])
 
 
 def test_states_that_cannot_be_matched_are_refused():
@@ -174,7 +178,8 @@ def test_training_from_a_grown_folder(tmp_path):
         ]
     assert moved == {1: [False, False, True, True], 2: [False, False, True, True], 3: [True] * 4}
     with pytest.raises(ValueError, match="need a grown model"):
-        train(load_config(None, [*common[:-1], "transformer.new_lr=2", f"transformer.start={src}", f"out={tmp_path / 'x'}"]))  # fmt: skip
+        options = ["transformer.new_lr=2", f"transformer.start={src}", f"out={tmp_path / 'x'}"]
+        train(load_config(None, [*common, *options]))
     (tmp_path / "big" / "sana15.json").write_text(json.dumps({"growth": {"map": [0, 1]}}))
     with pytest.raises(ValueError, match="must name a source block or null for each of the 4 blocks"):
         train(load_config(None, [*common, f"out={tmp_path / 'y'}"]))

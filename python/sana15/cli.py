@@ -130,7 +130,10 @@ def parser() -> argparse.ArgumentParser:
     grow.add_argument("target", metavar="DST", help="folder; must not exist")
     grow.add_argument("--layers", type=int, required=True, help="blocks of the grown model")
     grow.add_argument(
-        "--keep", type=int, metavar="K", help="blocks kept, the first K (default: all; partial_preservation: all but two)"
+        "--keep",
+        type=int,
+        metavar="K",
+        help="blocks kept, the first K (default: all; partial_preservation: all but two)",
     )
     grow.add_argument(
         "--strategy", default="partial_preservation", metavar="NAME",
@@ -139,7 +142,9 @@ def parser() -> argparse.ArgumentParser:
     grow.add_argument("--seed", type=int, default=0, help="of the new blocks (default 0)")
     grow.add_argument("--add-qk-norm", action="store_true", help="give a SANA-1.0 model the norms of SANA-1.5")
     grow.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB")
-    grow.add_argument("--check", action="store_true", help="read everything back and compare with the source's function")
+    grow.add_argument(
+        "--check", action="store_true", help="read everything back and compare with the source's function"
+    )
     grow.set_defaults(run=_grow)
 
     convert = commands.add_parser("convert", help="the authors' .pth or a diffusers folder to a diffusers folder")

@@ -87,7 +87,9 @@ def grown_weights(weights: Weights, config: SanaConfig, blocks: Sequence[int | N
             grown[name] = weights[old]
         else:
             like = weights.get(f"{BLOCKS}0.{inner}", weights[f"{BLOCKS}0.attn1.to_q.weight"])
-            grown[name] = Weight(shape, like.dtype, lambda n=name, s=shape, d=like.dtype: new_tensor(n, s, seed, config.width).to(d))  # type: ignore[misc]
+            grown[name] = Weight(
+                shape, like.dtype, lambda n=name, s=shape, d=like.dtype: new_tensor(n, s, seed, config.width).to(d)
+            )  # type: ignore[misc]
     return grown
 
 
@@ -151,7 +153,8 @@ def grow(
         grown = SanaTransformer(config)
     device = model.proj_out.weight.device
     made = {  # cloned: copies of one block must not share memory
-        name: w.load().detach().to(device, copy=True) for name, w in grown_weights(weights, config, blocks, seed).items()
+        name: w.load().detach().to(device, copy=True)
+        for name, w in grown_weights(weights, config, blocks, seed).items()
     }
     grown.load_state_dict(made, strict=True, assign=True)
     grown.gradient_checkpointing = model.gradient_checkpointing

@@ -221,9 +221,7 @@ def difference(expected: torch.Tensor, found: torch.Tensor) -> Difference:
     """DataError where the expected output is not finite: nothing can be compared."""
     if not expected.isfinite().all():
         raise DataError("the source's output is not finite on the random input of the check")
-    return Difference(
-        torch.equal(expected, found), (expected - found).abs().max().item(), expected.abs().max().item()
-    )
+    return Difference(torch.equal(expected, found), (expected - found).abs().max().item(), expected.abs().max().item())
 
 
 @torch.no_grad()

@@ -83,7 +83,9 @@ def _named(groups: Sequence[dict[str, Any]], names: Sequence[str] | None, what: 
         elif "param_names" in group:
             own = group["param_names"]
         else:
-            raise ValueError(f"{what} has no parameter names: make the optimizer from named_parameters(), or pass names")
+            raise ValueError(
+                f"{what} has no parameter names: make the optimizer from named_parameters(), or pass names"
+            )
         first += len(keys)
         named.append(dict(zip(own, keys)))
     return named

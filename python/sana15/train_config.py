@@ -22,7 +22,9 @@ class TransformerConfig:
     flow_shift: float = 3.0
     caption_drop: float = 0.1  # part of the prompts replaced by the empty one, for guidance
     gradient_checkpointing: bool = False
-    start: str = ""  # pipeline folder to start from, such as `sana15 grow` makes; its sizes take the place of those above
+    start: str = (
+        ""  # pipeline folder to start from, such as `sana15 grow` makes; its sizes take the place of those above
+    )
     old_lr: float = 1.0  # of a grown model: times the learning rate, for its copied blocks
     new_lr: float = 1.0  # and for its new ones
     block_lr: list[float] = field(default_factory=list)  # or one number for every block

@@ -103,7 +103,9 @@ class TransformerTask:
         rates = c.block_lr
         if (c.old_lr, c.new_lr) != (1.0, 1.0):
             if rates or not self.growth_map:
-                raise ValueError("transformer.old_lr and new_lr need a grown model in transformer.start, and no block_lr")
+                raise ValueError(
+                    "transformer.old_lr and new_lr need a grown model in transformer.start, and no block_lr"
+                )
             rates = block_multipliers(self.growth_map, c.old_lr, c.new_lr)
         return block_groups(self.module.named_parameters(), rates, self.growth_map, c.freeze_old)
 
