@@ -375,6 +375,9 @@ def test_stream_tensors_writes_what_the_library_reads(tmp_path):
     }  # fmt: skip
     path = tmp_path / "x.safetensors"
     stream_tensors({n: (tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}, path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    assert all((8 + length + header[n]["data_offsets"][0]) % t.itemsize == 0 for n, t in tensors.items())  # aligned
     for name, value in load_file(path).items():
         assert value.dtype == tensors[name].dtype
         assert torch.equal(value, tensors.pop(name))

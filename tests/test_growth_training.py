@@ -177,9 +177,11 @@ def test_training_from_a_grown_folder(tmp_path):
             not torch.equal(weights["transformer." + name.format(i)], start[name.format(i)].float()) for i in range(4)
         ]
     assert moved == {1: [False, False, True, True], 2: [False, False, True, True], 3: [True] * 4}
+    options = ["transformer.new_lr=2", f"transformer.start={src}", f"out={tmp_path / 'x'}"]
     with pytest.raises(ValueError, match="need a grown model"):
-        options = ["transformer.new_lr=2", f"transformer.start={src}", f"out={tmp_path / 'x'}"]
         train(load_config(None, [*common, *options]))
+    with pytest.raises(ValueError, match="one number for each of the 4 blocks"):
+        train(load_config(None, [*common, "transformer.block_lr=[1, 1]", f"out={tmp_path / 'z'}"]))
     (tmp_path / "big" / "sana15.json").write_text(json.dumps({"growth": {"map": [0, 1]}}))
     with pytest.raises(ValueError, match="must name a source block or null for each of the 4 blocks"):
         train(load_config(None, [*common, f"out={tmp_path / 'y'}"]))

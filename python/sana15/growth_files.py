@@ -119,6 +119,7 @@ def grow_folder(
     try:
         if pipeline:  # links are followed: a download cache is made of them
             shutil.copytree(source, partial, ignore=lambda at, _: ["transformer"] if Path(at) == source else [])
+            partial.chmod(partial.stat().st_mode | 0o700)  # the source may be read-only, and the copy has its modes
         else:
             partial.mkdir(parents=True)
         made = partial / "transformer"

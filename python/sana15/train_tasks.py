@@ -107,6 +107,9 @@ class TransformerTask:
                     "transformer.old_lr and new_lr need a grown model in transformer.start, and no block_lr"
                 )
             rates = block_multipliers(self.growth_map, c.old_lr, c.new_lr)
+        layers = len(self.module["transformer"].transformer_blocks)
+        if rates and len(rates) != layers:
+            raise ValueError(f"transformer.block_lr must have one number for each of the {layers} blocks")
         return block_groups(self.module.named_parameters(), rates, self.growth_map, c.freeze_old)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
