@@ -10,7 +10,8 @@ from torch import nn
 from sana_ext import reference
 from sana_ext.ops.came8bit import _came8bit_step
 from sana_ext.optim import CAME8bit, fuse_backward, read_sana_state
-from sana_ext.reference.came8bit import Geometry, random_bits, round_by_chance
+from sana_ext.reference.came8bit import Geometry
+from sana_ext.reference.rounding import random_bits, round_by_chance
 
 #: Matrices with rows shorter and longer than a block, 1x1 and other convolutions, vectors, a batch, a scalar, emptiness.
 MATRICES = [(64, 96), (37, 700), (5, 2500), (700, 3), (48, 100, 1, 1)]

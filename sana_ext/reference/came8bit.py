@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import code8
+from .rounding import round_by_chance
 
 
 @dataclass(frozen=True)
@@ -227,20 +228,3 @@ def _unclipped(g: Tensor, state: State, h: Hyper, geometry: Geometry) -> Tensor:
 
 def _average(old: Tensor, new: Tensor, beta: float) -> Tensor:
     return old * beta + new * (1 - beta)
-
-
-def round_by_chance(value: Tensor, seed: int) -> Tensor:
-    """fp32 -> bf16 values, up with the probability of the fraction that is cut off; element i draws hash(i, seed)."""
-    bits = value.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    index = torch.arange(value.numel(), device=value.device).view(value.shape)
-    rounded = (bits + (random_bits(index, seed) >> 16)) & 0xFFFF0000
-    rounded = torch.where(rounded >= 2**31, rounded - 2**32, rounded).to(torch.int32).view(torch.float32)
-    return torch.where(torch.isfinite(value), rounded, value)
-
-
-def random_bits(index: Tensor, seed: int) -> Tensor:
-    """32 bits of each int64 index: the finalizer of MurmurHash3 on index * 2654435769 + seed."""
-    h = (index * 2654435769 + seed) & 0xFFFFFFFF
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return h ^ (h >> 16)
