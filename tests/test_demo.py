@@ -11,7 +11,8 @@ from PIL import Image
 from sana15.cli import main
 from sana15.demo import SCALE, Stock, Tile, chosen_prompts, contact_sheet, timing_table
 from sana15.geneval import judge_folder
-from sana15.pipeline import Pipeline, Sampling
+from sana15.pipeline import Pipeline
+from sana15.sampling import Sampling
 from sana15.scenes.spec import spec_from_metadata
 from sana15.scenes.testset import is_held_out
 from sana15.scenes.vocabulary import CATEGORIES

@@ -11,7 +11,8 @@ from tiny_pipeline import make
 from sana15 import SanaConfig, SanaTransformer, flow
 from sana15.autoencoder import MINI, Autoencoder
 from sana15.files import DataError
-from sana15.pipeline import Item, Pipeline, Sampling, noise
+from sana15.pipeline import Pipeline
+from sana15.sampling import Item, Sampling, noise
 from sana15.text import MiniTextEncoder
 
 PROMPTS = ["a red circle", "two squares"]
@@ -151,7 +152,7 @@ def test_the_text_is_projected_once(pipe, monkeypatch):
     arguments = {"steps": 5, "guidance": 6.0, "guidance_interval": (0.3, 0.9), "negative_prompt": "two squares"}
     once = pixels(pipe(PROMPTS, n=2, batch_size=2, **arguments))
     assert calls == [4, 4]  # two batches of two pictures with guidance
-    monkeypatch.setattr("sana15.pipeline.KEPT_TEXT", 0)
+    monkeypatch.setattr("sana15.guidance.KEPT_TEXT", 0)
     assert np.array_equal(once, pixels(pipe(PROMPTS, n=2, batch_size=2, **arguments)))
     assert len(calls) == 2 + 2 * 5
     handle.remove()

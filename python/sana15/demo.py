@@ -24,8 +24,9 @@ import sana_ext
 from .config import SanaConfig
 from .geneval import judge_folder, picture_path, write_metadata
 from .pictures import describe, save_png
-from .pipeline import Item, Pipeline, Sampling
+from .pipeline import Pipeline
 from .sample import progress_bar
+from .sampling import Item, Sampling
 from .scenes.spec import spec_from_metadata
 from .scenes.testset import is_held_out
 from .scenes.testset import load as test_set

@@ -95,7 +95,7 @@ class SamplerState:
 
     latents: torch.Tensor  # [B, ...], fp32, at level sigmas[step]
     step: int = 0
-    previous_x0: torch.Tensor | None = None  # the last data prediction, for the second-order step
+    previous_x0: torch.Tensor | None = None  # the last data prediction, for the second-order step and for previews
 
     def keep(self, indices: torch.Tensor) -> SamplerState:
         """The state of the chosen samples only."""
@@ -116,9 +116,9 @@ def advance(state: SamplerState, velocity: torch.Tensor, plan: Schedule) -> Samp
     """
     i, x = state.step, state.latents
     now, then = plan.sigmas[i], plan.sigmas[i + 1]
-    if plan.sampler == "flow_euler":
-        return SamplerState(x + (then - now) * velocity.float(), i + 1)
     x0 = predict_x0(state, velocity, plan)
+    if plan.sampler == "flow_euler":
+        return SamplerState(x + (then - now) * velocity.float(), i + 1, x0)
     if then == 0.0:
         return SamplerState(x0, i + 1, x0)
     h = _log_snr(then) - _log_snr(now)

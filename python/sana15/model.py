@@ -251,6 +251,10 @@ class Text(NamedTuple):
         """Of the last B of its images."""
         return Text([(k[-B:], v[-B:]) for k, v in self.pairs], None if self.bias is None else self.bias[-B:])
 
+    def select(self, rows: torch.Tensor) -> Text:
+        """Of the chosen images."""
+        return Text([(k[rows], v[rows]) for k, v in self.pairs], None if self.bias is None else self.bias[rows])
+
 
 class SanaTransformer(nn.Module):
     """Latents, text features and a timestep in; the flow's velocity out.

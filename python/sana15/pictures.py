@@ -14,7 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 import sana_ext
 
 from .files import DataError, replacing
-from .pipeline import Item, Pipeline, Sampling
+from .pipeline import Pipeline
+from .sampling import Item, Sampling
 
 
 def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, str]) -> dict[str, Any]:

@@ -4,67 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from . import flow
 from .autoencoder import Autoencoder
 from .config import SanaConfig
 from .files import DataError, read_json
-from .model import SanaTransformer, Text
+from .generator import PipelineGenerator
+from .guidance import GuidedVelocity, stack
+from .model import SanaTransformer
+from .sampling import Item, Sampling, Seed, is_finite, is_interval
+from .sampling import noise as noise  # of the public names here
 from .text import GemmaTextEncoder, MiniTextEncoder, TextEncoder
 
 MINI = Path(__file__).parent / "assets" / "mini"
 LARGEST = 4  # times the side that a model was made for
-KEPT_TEXT = (
-    2 << 30
-)  # bytes of the text's keys and values that are kept between steps; larger ones are made at every step
-
-
-def noise(seed: int, prompt_index: int, candidate: int, shape: Sequence[int]) -> torch.Tensor:
-    """Initial noise of one picture, fp32, made on the CPU: it depends on (seed, prompt index, candidate) and on nothing else."""
-    sequence = np.random.SeedSequence([seed, prompt_index, candidate])
-    generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
-    return torch.randn(*shape, generator=generator)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture to make: its prompt, the prompt's index in the run, and which candidate for that prompt it is."""
-
-    prompt: str
-    index: int
-    candidate: int
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are made; see Pipeline.__call__ for the meanings."""
-
-    seed: int = 0
-    steps: int = 20
-    guidance: float | None = None  # None, also for the interval: the model's own; see Pipeline.guidance_of
-    guidance_interval: tuple[float, float] | None = None
-    height: int | None = None
-    width: int | None = None
-    negative_prompt: str = ""
-    sampler: str = "flow_dpm"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer from 0 on, got {self.seed!r}")
-        if self.guidance is not None and not _is_finite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance!r}")
-        if self.guidance_interval is not None and not _is_interval(self.guidance_interval):
-            raise ValueError(
-                f"guidance_interval must be 0 <= low <= high <= 1, got {' '.join(map(str, self.guidance_interval))}"
-            )
-
-
 GUIDANCE = 4.5  # of the published sizes
 
 
@@ -231,102 +187,45 @@ class Pipeline:
         """
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
-        if self.config.guidance_embeds:
-            raise ValueError("this is a Sprint model; its few-step sampler is not part of sana15")
-        shape = self.latent_shape(settings.height, settings.width)
-        plan = flow.schedule(settings.steps, sampler=settings.sampler, flow_shift=self.flow_shift)
-        self.text.check([*{item.prompt for item in items}, settings.negative_prompt])
+        generator = PipelineGenerator(self, settings)
+        generator.check([item.prompt for item in items])
         size = batch_size or max(len(items), 1)
-        chunks = [items[start : start + size] for start in range(0, len(items), size)]
-        return self._batches(chunks, settings, shape, plan, callback)
+        return self._batches([items[i : i + size] for i in range(0, len(items), size)], generator, callback)
 
-    @torch.no_grad()
     def _batches(
         self,
         chunks: list[Sequence[Item]],
-        settings: Sampling,
-        shape: tuple[int, int, int],
-        plan: flow.Schedule,
+        generator: PipelineGenerator,
         callback: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[Item, Image.Image]]:
-        guidance, interval = self.guidance_of(settings)
-        guides = [flow.guidance_is_on(s, guidance, interval) for s in plan.sigmas[:-1]]
         for number, chunk in enumerate(chunks):
-            velocity = self.guided_velocity(
-                [item.prompt for item in chunk], settings.negative_prompt, guidance if any(guides) else 1.0
-            )
-            noises = [noise(settings.seed, item.index, item.candidate, shape) for item in chunk]
-            state = flow.SamplerState(torch.stack(noises).to(self.device))
-            for i, guide in enumerate(guides):
-                state = flow.advance(state, velocity(state.latents, plan.timesteps[i], guide), plan)
+            seeds = [Seed(generator.settings.seed, item.index, item.candidate) for item in chunk]
+            state = generator.start([item.prompt for item in chunk], seeds)
+            for step in range(1, generator.steps + 1):
+                state = generator.advance(state, step)
                 if callback is not None:
-                    callback(number * plan.steps + i + 1, len(chunks) * plan.steps)
-            yield from zip(chunk, self.decode(state.latents))
+                    callback(number * generator.steps + step, len(chunks) * generator.steps)
+            yield from zip(chunk, generator.finish(state))
 
-    def guided_velocity(self, prompts: list[str], negative_prompt: str, guidance: float) -> Callable[..., torch.Tensor]:
-        """The velocity of a batch as a function of (latents, timestep, guide=True); the text is encoded once, and unless it
-        is a very large batch, its keys and values are computed once too, with the weights of the first step.
-
-        With guide=False, or guidance 1, it is the conditional model's, at half the cost.
-        """
+    def guided_velocity(self, prompts: list[str], negative_prompt: str, guidance: float) -> GuidedVelocity:
+        """The velocity of a batch as a function of (latents, timestep, guide=True); the text is encoded here, once."""
         dtype, device = self.transformer.proj_out.weight.dtype, self.device
         text, mask = (t.to(device) for t in self.text.encode(prompts))
         text = text.to(dtype)
-        B = len(prompts)
         if guidance != 1.0:
+            B = len(prompts)
             null, null_mask = (t.to(device) for t in self.text.encode([negative_prompt], negative=True))
-            text = _stack(null.to(dtype).expand(B, -1, -1), text)  # [2B, T, width]
-            mask = _stack(null_mask.expand(B, -1), mask)
-        kept: list[Text] = []
-
-        def of_text(rows: int) -> tuple[torch.Tensor | Text, torch.Tensor | None]:
-            layers = 2 * self.config.num_layers * self.config.width
-            if torch.is_grad_enabled() or text.shape[:2].numel() * layers * text.element_size() > KEPT_TEXT:
-                return text[-rows:], mask[-rows:]
-            if not kept:
-                kept.append(self.transformer.project(text, mask))
-            return kept[0] if rows == len(text) else kept[0].last(rows), None
-
-        def velocity(latents: torch.Tensor, timestep: float, guide: bool = True) -> torch.Tensor:
-            both = guide and guidance != 1.0
-            x = torch.cat([latents, latents]) if both else latents
-            t = torch.full((x.shape[0],), timestep * self.config.timestep_scale, device=device)
-            states, text_mask = of_text(x.shape[0])
-            v = self.transformer(x.to(dtype), states, t, text_mask)
-            if not both:
-                return v.float()
-            unconditional, conditional = v.chunk(2)
-            return flow.guided(conditional, unconditional, guidance)
-
-        return velocity
+            text = stack(null.to(dtype).expand(B, -1, -1), text)  # [2B, T, width]
+            mask = stack(null_mask.expand(B, -1), mask)
+        return GuidedVelocity(self.transformer, text, mask, guidance)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        if not len(latents):
+            return []
         pictures = self.autoencoder.decode(latents.float())
         values = (pictures.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(v) for v in values]
-
-
-def _stack(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Concatenates two batches of text, the shorter padded with zeros (masked tokens) to the longer one's length."""
-    length = max(a.shape[1], b.shape[1])
-
-    def pad(t: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(t, (*[0] * (2 * (t.dim() - 2)), 0, length - t.shape[1]))
-
-    return torch.cat([pad(a), pad(b)])
-
-
-def _is_finite(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 1e30  # also an integer too long for a float
-
-
-def _is_interval(value: object) -> bool:
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_finite(v) for v in value):
-        return False
-    return 0 <= value[0] <= value[1] <= 1
 
 
 def _guidance(root: Path) -> tuple[float, tuple[float, float]]:
@@ -334,9 +233,9 @@ def _guidance(root: Path) -> tuple[float, tuple[float, float]]:
     path = root / "sana15.json"
     recorded = read_json(path) if path.exists() else {}
     scale, interval = recorded.get("guidance", GUIDANCE), recorded.get("guidance_interval", [0.0, 1.0])
-    if not _is_finite(scale):
+    if not is_finite(scale):
         raise DataError(f"{path}: guidance must be a finite number, got {scale!r}")
-    if not _is_interval(interval):
+    if not is_interval(interval):
         raise DataError(f"{path}: guidance_interval must be two numbers 0 <= low <= high <= 1, got {interval!r}")
     return float(scale), (float(interval[0]), float(interval[1]))
 

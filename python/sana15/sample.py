@@ -13,7 +13,8 @@ from tqdm import tqdm
 from . import geneval
 from .files import DataError
 from .pictures import describe, read_png, save_png
-from .pipeline import Item, Pipeline, Sampling
+from .pipeline import Pipeline
+from .sampling import Item, Sampling
 from .scenes.prompts import parse
 from .text import MiniTextEncoder
 

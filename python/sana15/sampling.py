@@ -1,0 +1,73 @@
+"""What fixes a picture: its seed, and how it is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Seed(NamedTuple):
+    """What a picture's noise follows from, and nothing else: the run's seed, the prompt's index in it, the candidate."""
+
+    run: int
+    prompt: int
+    candidate: int
+
+    def number(self) -> int:
+        """63 bits for a library's generator."""
+        return int(np.random.SeedSequence(self).generate_state(1, np.uint64)[0] >> 1)
+
+
+def noise(seed: int, prompt_index: int, candidate: int, shape: Sequence[int]) -> torch.Tensor:
+    """Initial noise of one picture, fp32, made on the CPU: it depends on (seed, prompt index, candidate) and on nothing else."""
+    generator = torch.Generator().manual_seed(Seed(seed, prompt_index, candidate).number())
+    return torch.randn(*shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to make: its prompt, the prompt's index in the run, and which candidate for that prompt it is."""
+
+    prompt: str
+    index: int
+    candidate: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made; see Pipeline.__call__ for the meanings."""
+
+    seed: int = 0
+    steps: int = 20
+    guidance: float | None = None  # None, also for the interval: the model's own; see Pipeline.guidance_of
+    guidance_interval: tuple[float, float] | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str = ""
+    sampler: str = "flow_dpm"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer from 0 on, got {self.seed!r}")
+        if self.guidance is not None and not is_finite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance!r}")
+        if self.guidance_interval is not None and not is_interval(self.guidance_interval):
+            raise ValueError(
+                f"guidance_interval must be 0 <= low <= high <= 1, got {' '.join(map(str, self.guidance_interval))}"
+            )
+
+
+def is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1e30  # also an integer too long for a float
+
+
+def is_interval(value: object) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(is_finite(v) for v in value):
+        return False
+    return 0 <= value[0] <= value[1] <= 1
