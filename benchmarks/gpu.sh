@@ -110,6 +110,7 @@ train() {
   bench block model --images 2 8 --only "block forward + backward" bfloat16
   bench ffn glumbconv --images 8 --only "glumbconv backward" bfloat16
   bench adamw adamw8bit --blocks 20 --only bfloat16
+  bench came came8bit --blocks 20 --only bfloat16 2048-linear
 }
 
 autotune() { TORCHINDUCTOR_MAX_AUTOTUNE=1 bench step model --pixels 1024 --only "denoising step" bfloat16; }

@@ -74,7 +74,6 @@ class AdamW8bit(Optimizer8bit):
             "bitsandbytes_cuda_order": bitsandbytes_cuda_order,
             "capturable": capturable,
         }
-        self._constants: tuple[Any, Tensor] | None = None
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -33,6 +33,9 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler leaves grad_scale and found_inf as attributes for step()
 
+    #: (what a subclass made it of, its numbers on the device); on the class, since copies of an optimizer start without it.
+    _constants: tuple[Any, Tensor] | None = None
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._skipped: Tensor | None = None
         super().__init__(params, defaults)

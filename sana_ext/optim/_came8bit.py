@@ -137,21 +137,7 @@ class CAME8bit(Optimizer8bit):
         space = torch.zeros(sum(sizes), dtype=torch.float32, device=device).split(sizes)
         none = torch.empty(0, device=device)
         states = [w.state for w in work]
-        rows = [self._numbers(w, g) for w, g in zip(work, geometries)]
-        hyper = torch.tensor(rows, dtype=torch.float64, device=device)
-        hyper[:, 8] = factor
-        for i, w in enumerate(work):
-            if isinstance(w.group["lr"], Tensor):
-                hyper[i, 0] = w.group["lr"].reshape(()).to(device)
-        seeds = None
-        if any(w.group["bias_correction"] or w.group["stochastic_rounding"] for w in work):
-            t = torch.stack([s["step"] for s in states]).to(device, torch.float64)[:, None] + 1
-            corrected = torch.tensor([[w.group["bias_correction"]] for w in work], device=device)
-            hyper[:, 9:12] = torch.where(corrected, 1 / (1 - hyper[:, 2:5] ** t), 1.0)
-            places = torch.tensor([w.place for w in work], device=device)
-            seeds = (t[:, 0].to(torch.int64) * 0x9E3779B1 + places * 0x85EBCA6B) & 0xFFFFFFFF
-            wanted = torch.tensor([w.group["stochastic_rounding"] for w in work], device=device)
-            seeds = torch.where(wanted, seeds, -1)
+        hyper, seeds = self._numbers(work, factor)
         arguments = (
             [w.param for w in work],
             [w.grad for w in work],
@@ -194,21 +180,25 @@ class CAME8bit(Optimizer8bit):
             for owner in owners.values():
                 shards.reduce_([(owner, found_inf)], "max")
 
-    @staticmethod
-    def _numbers(w: Work, geometry: Geometry) -> list[float]:
-        group, lr = w.group, w.group["lr"]
-        whole = _geometry(tuple(w.owner.shape), group)
-        totals = [float(whole.rows), float(w.owner.numel())]
-        return [
-            0.0 if isinstance(lr, Tensor) else lr,
-            group["weight_decay"],
-            *group["betas"],
-            *group["eps"],
-            group["clip_threshold"],
-            1.0,
-            *(1.0, 1.0, 1.0),
-            *totals,
-        ]
+    def _numbers(self, work: list[Work], factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The op's tensors hyper and seeds, on the parameters' device."""
+        device = factor.device
+        rows = tuple(_row(w) for w in work)
+        if self._constants is None or self._constants[0] != (device, rows):  # unchanged ones are not copied again
+            self._constants = (device, rows), torch.tensor(rows, dtype=torch.float64, device=device)
+        numbers = self._constants[1]
+        hyper = numbers[:, : len(rows[0]) - 3].clone()
+        hyper[:, 8] = factor
+        for i, w in enumerate(work):
+            if isinstance(w.group["lr"], Tensor):
+                hyper[i, 0] = w.group["lr"].reshape(()).to(device)
+        if not any(w.group["bias_correction"] or w.group["stochastic_rounding"] for w in work):
+            return hyper, None
+        t = torch.stack([w.state["step"] for w in work]).to(device, torch.float64) + 1
+        corrected, by_chance, places = numbers[:, -3:].unbind(1)
+        hyper[:, 9:12] = torch.where(corrected[:, None] > 0, 1 / (1 - hyper[:, 2:5] ** t[:, None]), 1.0)
+        mixed = (t.long() * 0x9E3779B1 + places.long() * 0x85EBCA6B) & 0xFFFFFFFF
+        return hyper, torch.where(by_chance > 0, mixed, -1)
 
 
 def read_sana_state(optimizer: CAME8bit, state_dict: dict[str, Any]) -> None:
@@ -254,6 +244,22 @@ def _converted(optimizer: CAME8bit, p: Tensor, group: dict[str, Any], entry: dic
         codes, scales = _geometry(shape, group).quantize(m, _code(group))
         state |= {"exp_avg": codes, "exp_avg_scale": scales.view(spec["exp_avg_scale"][0])}
     return state | {k: entry[k].float() for k in spec if k not in state}
+
+
+def _row(w: Work) -> tuple[float, ...]:
+    """The op's numbers of a parameter, then three of the optimizer's."""
+    group, lr = w.group, w.group["lr"]
+    return (
+        0.0 if isinstance(lr, Tensor) else float(lr),
+        group["weight_decay"],
+        *group["betas"],
+        *group["eps"],
+        group["clip_threshold"],
+        *(1.0, 1.0, 1.0, 1.0),
+        float(_geometry(tuple(w.owner.shape), group).rows),
+        float(w.owner.numel()),
+        *(float(group["bias_correction"]), float(group["stochastic_rounding"]), float(w.place)),
+    )
 
 
 def _geometry(shape: tuple[int, ...], group: dict[str, Any]) -> Geometry:
