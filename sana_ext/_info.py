@@ -20,6 +20,8 @@ TESTED = {
     "avx512": "all op tests, where the processor has it",
     "neon": "the torch-free kernel tests, under qemu-user; never run on an Arm processor",
 }
+#: Ops of the optimizers, which are no public functions and have no gradient.
+OPTIMIZERS = ("adamw8bit_step", "came8bit_step")
 #: Public functions without an op of their own.
 COMPOSED = {"glumbconv": ("linear", "dwconv_glu")}
 #: Public functions that are torch's own wherever the processor has the arithmetic.
@@ -31,7 +33,7 @@ class KernelInfo:
     """One line of :func:`kernel_info`.
 
     forward, backward: ``compiled`` (a kernel of this package), ``default`` (the reference in plain PyTorch), ``torch``
-    (torch's own op, on purpose) or ``composed`` (of other ops of this package).
+    (torch's own op, on purpose), ``composed`` (of other ops of this package) or ``none`` (an optimizer's step).
     path: ``tuned``, ``generic``, ``default``, ``torch`` or ``composed``; why: the reason in words.
     level: instruction set level of a compiled CPU kernel; tested: which runs of that level are recorded.
     """
@@ -60,7 +62,7 @@ def kernel_info(op: str | None = None, **sizes: int) -> KernelTable:
     """Which implementation answers, per op and device, by which path, and why.
 
     Args:
-        op: a public op ("linear_attention"); default: all of them.
+        op: a public op ("linear_attention") or an optimizer's ("came8bit_step"); default: all of them.
         sizes: what the path depends on, in the letters of the docstrings (``D=32``, ``C=2240``); unknown ones are
             ignored. Without them a path that depends on a size says so.
 
@@ -70,9 +72,10 @@ def kernel_info(op: str | None = None, **sizes: int) -> KernelTable:
     Raises:
         ValueError: an op that does not exist.
     """
-    if op is not None and op not in PUBLIC:
-        raise ValueError(f"sana_ext.kernel_info: unknown op {op!r}; there is {', '.join(sorted(PUBLIC))}")
-    names = sorted(PUBLIC) if op is None else [op]
+    every = [*sorted(PUBLIC), *OPTIMIZERS]
+    if op is not None and op not in every:
+        raise ValueError(f"sana_ext.kernel_info: unknown op {op!r}; there is {', '.join(every)}")
+    names = every if op is None else [op]
     return KernelTable(_describe(name, device, sizes) for name in names for device in DEVICES)
 
 
@@ -84,9 +87,11 @@ def _describe(op: str, device: str, sizes: dict[str, int]) -> KernelInfo:
         return KernelInfo(op, device, "torch", "torch", "torch", why)
     library = _extension.libraries()[device]
     forward, backward = (
-        "compiled" if _extension.has_kernel(f"{op}_{direction}", device) else "default"
-        for direction in ("forward", "backward")
+        "compiled" if _extension.has_kernel(name, device) else "default"
+        for name in ((op, op) if op in OPTIMIZERS else (f"{op}_forward", f"{op}_backward"))
     )
+    if op in OPTIMIZERS:
+        backward = "none"
     if "compiled" not in (forward, backward):
         why = f"no kernel for {device}" if library.loaded else f"libsana_ext_{device}.so: {library.reason}"
         if op in MOSTLY_TORCH:
@@ -121,6 +126,11 @@ def _dwconv_glu_cuda(sizes: dict[str, int]) -> tuple[str, str]:
     return _by_size(sizes, "F", lambda f: f % 8 == 0, rule)
 
 
+def _came8bit_cuda(sizes: dict[str, int]) -> tuple[str, str]:
+    rule = "aligned rows with C a multiple of 8, and blocks, too, in 16-byte accesses"
+    return _by_size(sizes, "C", lambda c: c % 8 == 0, rule)
+
+
 def _linear_attention(sizes: dict[str, int]) -> tuple[str, str]:
     return _by_size(sizes, "D", lambda d: d == 32, "a head dimension of 32 is fixed at compile time")
 
@@ -149,6 +159,7 @@ PATHS: dict[tuple[str, str], Callable[[dict[str, int]], tuple[str, str]]] = {
     ("gated_residual", "cuda"): _norm_modulate_cuda,
     ("residual_norm_modulate", "cuda"): _norm_modulate_cuda,
     ("dwconv_glu", "cuda"): _dwconv_glu_cuda,
+    ("came8bit_step", "cuda"): _came8bit_cuda,
     ("linear_attention", "cpu"): _linear_attention,
     ("linear_attention_qkv", "cpu"): _linear_attention,
     ("linear_attention", "cuda"): _linear_attention_cuda,

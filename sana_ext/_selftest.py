@@ -1,4 +1,4 @@
-"""The self-test of ``python -m sana_ext``: every public op against its reference on small shapes, with gradients.
+"""The self-test of ``python -m sana_ext``: every op against its reference on small shapes, with gradients.
 
 The rule is the test suite's: no output or gradient is further from the fp64 truth than twice the reference run in the
 same dtype, plus 4 fp32 rounding steps of the largest value.
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from . import _extension, reference
+from . import _extension, _selftest_optimizers, reference
+from ._info import OPTIMIZERS
 from .ops import __all__ as PUBLIC
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -84,16 +85,23 @@ def _results(function: Any, tensors: dict[str, torch.Tensor], others: dict[str, 
     return {name: t.cpu().double() for name, t in named.items()}
 
 
-def check_op(op: str, device: str, dtype: torch.dtype) -> Outcome:
-    """Runs one op; a crash of the op is reported as a failure with its message."""
-    start = time.perf_counter()
+def _runs(op: str, device: str, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], ...]:
+    """Ours, the reference in that dtype, truth."""
     specified = getattr(reference, op)
     exact, others = _case(op)
     low = {name: t.to(device, dtype) for name, t in exact.items()}
     truth = _results(specified, {name: t.cpu().double() for name, t in low.items()}, others)
     peer = _results(specified, low, others)
+    return _results(getattr(importlib.import_module("sana_ext"), op), low, others), peer, truth
+
+
+def check_op(op: str, device: str, dtype: torch.dtype) -> Outcome:
+    """Runs one op; a crash of the op is reported as a failure with its message."""
+    start = time.perf_counter()
     try:
-        ours = _results(getattr(importlib.import_module("sana_ext"), op), low, others)
+        ours, peer, truth = (
+            _selftest_optimizers.results(op, device, dtype) if op in OPTIMIZERS else _runs(op, device, dtype)
+        )
     except Exception as error:
         return Outcome(op, device, dtype, float("inf"), f"{type(error).__name__}: {error}", time.perf_counter() - start)
     ratios = {}
@@ -105,11 +113,15 @@ def check_op(op: str, device: str, dtype: torch.dtype) -> Outcome:
 
 
 def run() -> Iterator[Outcome]:
-    """All public ops in fp32, bf16 and fp16, on the CPU and, with the CUDA library loaded, on the GPU."""
+    """All public ops in fp32, bf16 and fp16, and the optimizers' in the first two, on the CPU and, with the CUDA library
+    loaded, on the GPU."""
     devices = ["cpu"]
     if _extension.libraries()["cuda"].loaded and torch.cuda.is_available():
         devices.append("cuda")
     for device in devices:
         for op in sorted(PUBLIC):
             for dtype in DTYPES:
+                yield check_op(op, device, dtype)
+        for op in OPTIMIZERS:
+            for dtype in DTYPES[:2]:
                 yield check_op(op, device, dtype)

@@ -9,18 +9,19 @@ import pytest
 import torch
 
 import sana_ext
-from sana_ext import _extension, _info, _selftest
+from sana_ext import _extension, _info, _selftest, _selftest_optimizers
 from sana_ext.ops import __all__ as PUBLIC
 
+EVERY = [*PUBLIC, *_info.OPTIMIZERS]
 needs_cpu_library = pytest.mark.skipif(not _extension.libraries()["cpu"].loaded, reason="the CPU library is not built")
 
 
 def test_every_public_op_has_a_line_per_device():
     table = sana_ext.kernel_info()
-    assert {(info.op, info.device) for info in table} == {(op, device) for op in PUBLIC for device in ("cpu", "cuda")}
+    assert {(info.op, info.device) for info in table} == {(op, device) for op in EVERY for device in ("cpu", "cuda")}
     assert all(info.why for info in table)
     text = str(table)
-    assert all(op in text for op in PUBLIC)
+    assert all(op in text for op in EVERY)
 
 
 @needs_cpu_library
@@ -30,6 +31,13 @@ def test_compiled_kernel_names_level_and_its_tests():
     assert info.level == _extension.isa()
     assert info.tested == _info.TESTED[info.level]
     assert cuda.level is None
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("op", _info.OPTIMIZERS)
+def test_an_optimizers_step_has_no_gradient(op):
+    info = sana_ext.kernel_info(op)[0]
+    assert (info.forward, info.backward, info.path, info.level) == ("compiled", "none", "tuned", _extension.isa())
 
 
 @needs_cpu_library
@@ -83,6 +91,21 @@ def test_self_test_passes(op, dtype):
     assert outcome.ok, outcome
 
 
+@pytest.mark.parametrize("op", _info.OPTIMIZERS)
+@pytest.mark.parametrize("dtype", _selftest.DTYPES[:2], ids=str)
+def test_self_test_of_the_optimizers_passes_and_sees_a_wrong_result(op, dtype, monkeypatch):
+    outcome = _selftest.check_op(op, "cpu", dtype)
+    assert outcome.ok, outcome
+    right = _selftest_optimizers.results
+
+    def wrong(*arguments):
+        ours, peer, truth = right(*arguments)
+        return {name: t * 1.01 if name.startswith("parameter") else t for name, t in ours.items()}, peer, truth
+
+    monkeypatch.setattr(_selftest_optimizers, "results", wrong)
+    assert not _selftest.check_op(op, "cpu", dtype).ok
+
+
 def test_self_test_sees_a_wrong_result(monkeypatch):
     right = sana_ext.norm_modulate
     monkeypatch.setattr(sana_ext, "norm_modulate", lambda x, shift, scale: right(x, shift, scale) * 1.0001)
@@ -105,7 +128,7 @@ def test_command_line():
     assert result.returncode == 0, result.stdout + result.stderr
     for text in (sana_ext.__version__, torch.__version__, "libsana_ext_cpu.so", "norm_modulate", "self-test:"):
         assert text in result.stdout
-    assert f"self-test: {len(PUBLIC)} ops on " in result.stdout.splitlines()[-1]
+    assert f"self-test: {len(EVERY)} ops on " in result.stdout.splitlines()[-1]
 
 
 def test_command_line_fails_when_an_op_is_wrong():

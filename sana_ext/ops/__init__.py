@@ -1,6 +1,6 @@
 """The ops: importing this package registers their schemas, default kernels and gradients."""
 
-from . import adamw8bit  # noqa: F401  (registers the ops)
+from . import adamw8bit, came8bit  # noqa: F401  (registers the ops)
 from .cross_attention import cross_attention
 from .glumbconv import dwconv_glu, glumbconv
 from .linear import linear
