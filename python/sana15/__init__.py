@@ -1,24 +1,32 @@
 """sana15: the SANA-1.5 system on sana_ext's kernels."""
 
+from importlib import import_module
 from typing import Any
 
 from .config import SanaConfig
 from .model import SanaTransformer
 
-__all__ = ["Pipeline", "SanaConfig", "SanaTransformer", "grow", "grow_optimizer_state"]
+#: Loaded when asked for: some need pillow and numpy.
+_HOMES = {
+    "Pipeline": "pipeline",
+    "block_importance": "importance",
+    "calibration": "trajectory",
+    "grow": "growth",
+    "grow_optimizer_state": "growth_training",
+}
+
+__all__ = [
+    "Pipeline",
+    "SanaConfig",
+    "SanaTransformer",
+    "block_importance",
+    "calibration",
+    "grow",
+    "grow_optimizer_state",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Pipeline":  # loaded when asked for: it needs pillow and numpy
-        from .pipeline import Pipeline
-
-        return Pipeline
-    if name == "grow":
-        from .growth import grow
-
-        return grow
-    if name == "grow_optimizer_state":
-        from .growth_training import grow_optimizer_state
-
-        return grow_optimizer_state
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -41,6 +41,12 @@ def _grow(args: argparse.Namespace) -> None:
     run(args)
 
 
+def _importance(args: argparse.Namespace) -> None:
+    from .importance_report import run
+
+    run(args)
+
+
 def _convert(args: argparse.Namespace) -> None:
     import torch
 
@@ -147,6 +153,16 @@ def parser() -> argparse.ArgumentParser:
     )
     grow.set_defaults(run=_grow)
 
+    importance = commands.add_parser("importance", help="how much each block does: JSON, a figure, a table")
+    importance.add_argument("source", metavar="SRC", help='"mini" or a pipeline folder')
+    importance.add_argument("--out", required=True, metavar="DIR", help="folder for importance.json and importance.png")
+    _calibration_options(importance)
+    importance.add_argument("--bins", type=int, default=10, help="timestep bins of equal width (default 10)")
+    importance.add_argument(
+        "--no-loss", action="store_true", help="leave out the loss without each block, most of the time"
+    )
+    importance.set_defaults(run=_importance)
+
     convert = commands.add_parser("convert", help="the authors' .pth or a diffusers folder to a diffusers folder")
     convert.add_argument(
         "source", metavar="IN", help=".pth or .safetensors in the release's layout, or a transformer folder"
@@ -171,6 +187,16 @@ def parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
     return root
+
+
+def _calibration_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--prompts", metavar="FILE", help="calibration prompts, as in sana15 sample (default: drawn for the mini model)"
+    )
+    command.add_argument("--count", type=int, default=100, help="of calibration prompts (default 100)")
+    command.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at once (default 16)")
 
 
 def _sampling_options(command: argparse.ArgumentParser) -> None:

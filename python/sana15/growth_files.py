@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .checkpoint import (
-    Weight,
-    Weights,
-    folder_weights,
-    parse_bytes,
-    require_fit,
-    weight_files,
-    write_folder,
-)
+from .checkpoint import Weights, parse_bytes, require_fit
 from .config import SanaConfig
-from .files import DataError, open_tensors, read_json
+from .files import DataError, read_json
 from .growth import BLOCKS, GrowthMap, block_of, grown_config, grown_weights, growth_map
 from .model import SanaTransformer
+from .model_folders import SETTINGS, ModelFolder, reopening
 from .release import parameter_shapes
-
-SETTINGS = "sana15.json"
-#: A grown checkpoint is cut into files of at most this many bytes, or of the source's largest file if that is more.
-SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -93,43 +79,25 @@ def grow_folder(
         ValueError: arguments that cannot be. FileNotFoundError, DataError: the source is bad, or the check failed. In
         every case the source is untouched and the target is not there.
     """
-    source, target = _source(source), Path(target)
-    if target.exists() or target.is_symlink():
-        raise ValueError(f"{target} exists; remove it or choose another place")
-    if source.resolve() in target.resolve().parents:
-        raise ValueError(f"{target} lies inside the source {source}; choose another place")
-    pipeline = (source / "transformer").is_dir()
-    folder = source / "transformer" if pipeline else source
-    old = SanaConfig.load(folder)
+    origin, target = ModelFolder(source), Path(target)
+    origin.check_target(target)
+    old = origin.config
     blocks, keep = growth_map(old.num_layers, layers, keep, strategy)
     config = grown_config(old, layers, add_qk_norm)
     growth = Growth(config, old.num_layers, keep, strategy, seed, blocks, config.qk_norm != old.qk_norm)
-    weights = reopening(folder)
-    require_fit(weights, parameter_shapes(old), str(folder))
-    if shard_bytes is None:
-        shard_bytes = max(SHARD_BYTES, *(path.stat().st_size for path in set(weight_files(folder).values())))
-    settings = read_json(source / SETTINGS) if (source / SETTINGS).exists() else {}
+    weights, settings = origin.weights(), origin.settings()
     settings["growth"] = {
         "strategy": strategy, "source_layers": old.num_layers, "keep": keep, "seed": seed, "map": blocks,
         "added_qk_norm": growth.added_norms,
     }  # fmt: skip
+    lines: list[str] = []
 
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        if pipeline:  # links are followed: a download cache is made of them
-            shutil.copytree(source, partial, ignore=lambda at, _: ["transformer"] if Path(at) == source else [])
-            partial.chmod(partial.stat().st_mode | 0o700)  # the source may be read-only, and the copy has its modes
-        else:
-            partial.mkdir(parents=True)
-        made = partial / "transformer"
-        write_folder(config, grown_weights(weights, config, blocks, seed), made, shard_bytes=shard_bytes)
-        lines = check_growth(folder, made, growth) if check else []
-        whole = partial if pipeline else made
-        (whole / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(whole, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    def checked(whole: Path, made: Path) -> Path:
+        lines.extend(check_growth(origin.transformer, made, growth) if check else [])
+        return whole
+
+    grown = grown_weights(weights, config, blocks, seed)
+    origin.rewrite(target, config, grown, settings, shard_bytes=shard_bytes, finish=checked)
     return growth, lines
 
 
@@ -148,30 +116,6 @@ def recorded_map(folder: str | Path, layers: int) -> GrowthMap:
     if not isinstance(blocks, list) or not valid or len(blocks) != layers:
         raise DataError(f"{path}: growth.map must name a source block or null for each of the {layers} blocks")
     return blocks
-
-
-def _source(source: str | Path) -> Path:
-    if str(source) == "mini":
-        from .pipeline import MINI
-
-        return MINI
-    if not Path(source).is_dir():
-        raise FileNotFoundError(f"{source} is no folder")
-    return Path(source)
-
-
-def reopening(folder: Path) -> dict[str, Weight]:
-    """Every tensor of a folder; its file is opened for each anew, so that no more of it than that tensor is in memory."""
-    files = weight_files(folder)
-
-    def load(name: str) -> torch.Tensor:
-        with open_tensors(files[name]) as stored:
-            return stored.get_tensor(name)
-
-    return {
-        name: Weight(w.shape, w.dtype, lambda n=name: load(n))  # type: ignore[misc]
-        for name, w in folder_weights(folder).items()
-    }
 
 
 def check_growth(source: Path, grown: Path, growth: Growth) -> list[str]:

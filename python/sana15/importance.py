@@ -1,0 +1,211 @@
+"""How much each block of a model does: the paper's block importance, and what the loss gains when the block is skipped.
+
+Source: arXiv:2501.18427, section 2.3. The paper does not say over what the cosine runs; here it is each token's.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sana_ext
+
+from . import flow
+from .files import DataError, read_json, replacing
+from .model import Block, SanaTransformer
+from .trajectory import CalibrationBatch
+
+BINS = 10  # of equal width, over timesteps 0 to 1000
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What block_importance measured on a model of L blocks; NaN where a bin has no samples."""
+
+    cosine: list[float]  # [L], 1 - cosine(input, output), mean over tokens, pictures and steps
+    cosine_by_bin: list[list[float]]  # [L][bins]
+    samples: list[int]  # [bins], pictures times steps
+    loss: float | None = None  # flow loss of the whole model; None where it was not measured
+    loss_by_bin: list[float] = field(default_factory=list)  # [bins]
+    loss_change: list[float] = field(default_factory=list)  # [L], loss without the block, minus loss
+    loss_change_by_bin: list[list[float]] = field(default_factory=list)  # [L][bins]
+    settings: dict[str, Any] = field(default_factory=dict)  # how it was measured
+
+    @property
+    def layers(self) -> int:
+        return len(self.cosine)
+
+    def save(self, path: str | Path) -> None:
+        """As JSON; null for NaN."""
+        with replacing(Path(path)) as partial:
+            partial.write_text(json.dumps(_swapped(dataclasses.asdict(self), _is_nan, None), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Importance:
+        """FileNotFoundError; DataError for anything that `save` does not write."""
+        values = read_json(path)
+        whole = values.get("loss")
+        try:
+            found = Importance(**_swapped(values, lambda v: v is None, math.nan) | {"loss": whole})
+            rows = [found.cosine_by_bin, *([found.loss_change_by_bin] if whole is not None else [])]
+            numbers = [*found.cosine, *found.samples, *found.loss_change]
+            valid = all(isinstance(v, int | float) for v in numbers) and found.layers > 0
+            valid &= all(len(row) == found.layers for row in rows)
+            valid &= all(math.isfinite(v) for v in numbers)
+            valid &= whole is None or len(found.loss_change) == found.layers
+        except (TypeError, AttributeError):
+            valid = False
+        if not valid:
+            raise DataError(f"{path} is no result of sana15 importance")
+        return found
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _swapped(value: Any, test: Any, by: Any) -> Any:
+    """The value with `by` for everything in it that passes the test."""
+    if isinstance(value, dict):
+        return {k: _swapped(v, test, by) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_swapped(v, test, by) for v in value]
+    return by if test(value) else value
+
+
+def with_blocks(model: SanaTransformer, blocks: Sequence[nn.Module]) -> SanaTransformer:
+    """The model with other blocks in the place of its own; everything else is shared with it."""
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    view.transformer_blocks = nn.ModuleList(blocks)
+    view.config = dataclasses.replace(model.config, num_layers=len(blocks))
+    view.growth_map = None
+    return view
+
+
+def chosen_blocks(model: SanaTransformer, kept: Sequence[int]) -> SanaTransformer:
+    """A model that shares everything with this one and has only the blocks `kept`."""
+    return with_blocks(model, [model.transformer_blocks[i] for i in kept])
+
+
+class _Prefix(nn.Module):
+    """Stands for the first blocks of a model whose output on this batch is known."""
+
+    def __init__(self, x: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.x, self.eps = x, eps
+
+    def modulation(self, t6: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return t6.unbind(1)  # of a norm that nobody uses
+
+    def forward(
+        self, x: torch.Tensor, n: torch.Tensor, text: Any, bias: Any, t6: torch.Tensor, shift: torch.Tensor,
+        scale: torch.Tensor, height: int, width: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return self.x, sana_ext.norm_modulate(self.x, shift, scale, eps=self.eps, out_dtype=n.dtype)
+
+
+@torch.no_grad()
+def batch_loss(model: SanaTransformer, batch: CalibrationBatch) -> torch.Tensor:
+    """[B] flow loss of the batch's pictures at its noise level."""
+    dtype = model.proj_out.weight.dtype
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return model(x.to(dtype), batch.text, t * model.config.timestep_scale, batch.mask)
+
+    return flow.loss(velocity, batch.x0, batch.noise, batch.sigmas)
+
+
+@torch.no_grad()
+def block_importance(
+    model: SanaTransformer, batches: Iterable[CalibrationBatch], *, bins: int = BINS, loss: bool = True
+) -> Importance:
+    """Each block's 1 - cosine(input, output) per token, and the change of the flow loss when the block is skipped.
+
+    BI_i = 1 - E[x_i . x_(i+1) / (|x_i| |x_(i+1)|)], x_i and x_(i+1) the input and output of block i at one token; the
+    mean is over tokens, then over pictures and steps, also by timestep. The loss is that of training, on the
+    trajectories' ends with fresh noise at the same noise levels. Batches are used one after the other and not kept.
+
+    Args:
+        model: L blocks. batches: sana15.calibration of it.
+        bins: of equal width over timesteps 0 to 1000.
+        loss: measure the loss too; it costs L / 2 + 1 more passes.
+
+    Raises:
+        ValueError: no batches, bins below 1, or a model whose activations are not finite.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    L = model.config.num_layers
+    cosine, change = torch.zeros(2, L, bins, dtype=torch.float64)
+    whole, count = torch.zeros(2, bins, dtype=torch.float64)
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            where = min(int(batch.sigma * bins), bins - 1)
+            count[where] += len(batch)
+            cosine[:, where] += _cosines(model, batch)
+            if loss:
+                base, without = _losses(model, batch)
+                whole[where] += base
+                change[:, where] += without - base
+    finally:
+        model.train(training)
+    if not count.any():
+        raise ValueError("block importance needs at least one calibration batch")
+    if not (cosine.isfinite().all() and change.isfinite().all()):
+        raise ValueError("the model's activations are not finite on the calibration batches")
+    found = Importance(
+        (cosine.sum(1) / count.sum()).tolist(), (cosine / count).tolist(), [int(c) for c in count.tolist()]
+    )
+    if not loss:
+        return found
+    return dataclasses.replace(
+        found, loss=(whole.sum() / count.sum()).item(), loss_by_bin=(whole / count).tolist(),
+        loss_change=(change.sum(1) / count.sum()).tolist(), loss_change_by_bin=(change / count).tolist(),
+    )  # fmt: skip
+
+
+def _cosines(model: SanaTransformer, batch: CalibrationBatch) -> torch.Tensor:
+    """[L] sums over the batch of the tokens' mean of 1 - cosine, fp64."""
+    sums: list[torch.Tensor] = []
+
+    def measure(block: nn.Module, inputs: tuple[Any, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        before, after = inputs[0].double(), outputs[0].double()  # [B, N, C]
+        sums.append((1 - F.cosine_similarity(before, after, dim=-1)).mean(1).sum().cpu())
+
+    hooks = [block.register_forward_hook(measure) for block in model.transformer_blocks]
+    try:
+        model(batch.latents.to(model.proj_out.weight.dtype), batch.text, batch.timestep, batch.mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(sums)
+
+
+def _losses(model: SanaTransformer, batch: CalibrationBatch) -> tuple[float, torch.Tensor]:
+    """Sums over the batch: the model's loss, and [L] without each block. The blocks before it are not run again."""
+    blocks: list[Block] = list(model.transformer_blocks)  # type: ignore[arg-type]
+    inputs: list[torch.Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
+    try:
+        base = batch_loss(model, batch).sum().item()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    without = []
+    for i, x in enumerate(inputs):
+        rest = with_blocks(model, [_Prefix(x, model.config.norm_eps), *blocks[i + 1 :]])
+        without.append(batch_loss(rest, batch).double().sum().cpu())
+    return base, torch.stack(without)

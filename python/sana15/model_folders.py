@@ -1,0 +1,124 @@
+"""From one model folder to another, as growth and pruning do it: the source stays as it is, the target appears when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Weight, Weights, folder_weights, require_fit, weight_files, write_folder
+from .config import SanaConfig
+from .files import open_tensors, read_json
+from .release import parameter_shapes
+
+SETTINGS = "sana15.json"
+#: A written checkpoint is cut into files of at most this many bytes, or of the source's largest file if that is more.
+SHARD_BYTES = 5_000_000_000
+
+
+class ModelFolder:
+    """A transformer folder or a whole pipeline folder in diffusers' layout.
+
+    Args:
+        source: the folder; or "mini".
+
+    Attributes:
+        root: the folder. transformer: where its transformer is. pipeline: whether there are other parts. config.
+
+    Raises:
+        FileNotFoundError, DataError: it is no model folder.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        if str(source) == "mini":
+            from .pipeline import MINI
+
+            source = MINI
+        self.root = Path(source)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{source} is no folder")
+        self.pipeline = (self.root / "transformer").is_dir()
+        self.transformer = self.root / "transformer" if self.pipeline else self.root
+        self.config = SanaConfig.load(self.transformer)
+
+    def weights(self) -> dict[str, Weight]:
+        """Every tensor, none in memory; they fit the configuration."""
+        weights = reopening(self.transformer)
+        require_fit(weights, parameter_shapes(self.config), str(self.transformer))
+        return weights
+
+    def settings(self) -> dict[str, Any]:
+        """Of its sana15.json; empty where there is none."""
+        return read_json(self.root / SETTINGS) if (self.root / SETTINGS).exists() else {}
+
+    def check_target(self, target: Path) -> None:
+        """ValueError for a target that exists or lies inside this folder."""
+        if target.exists() or target.is_symlink():
+            raise ValueError(f"{target} exists; remove it or choose another place")
+        if self.root.resolve() in target.resolve().parents:
+            raise ValueError(f"{target} lies inside the source {self.root}; choose another place")
+
+    def rewrite(
+        self,
+        target: Path,
+        config: SanaConfig,
+        weights: Weights,
+        settings: dict[str, Any],
+        *,
+        shard_bytes: int | None = None,
+        finish: Callable[[Path, Path], Path] = lambda whole, transformer: whole,
+    ) -> None:
+        """This folder with another transformer, one tensor in memory at a time; other parts of a pipeline are copied.
+
+        Args:
+            target: must not exist; it appears when everything is written and `finish` is done. A run that was killed
+                leaves target.partial, which the next one removes.
+            settings: of the target's sana15.json.
+            shard_bytes: the most that a weights file may hold. Default: as this folder's largest file, at least 5 GB.
+            finish: given the whole new folder and its transformer folder, the last step; it returns the folder that
+                becomes the target. What it raises leaves no target.
+        """
+        self.check_target(target)
+        if shard_bytes is None:
+            files = set(weight_files(self.transformer).values())
+            shard_bytes = max(SHARD_BYTES, *(path.stat().st_size for path in files))
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        try:
+            if self.pipeline:  # links are followed: a download cache is made of them
+                shutil.copytree(
+                    self.root, partial, ignore=lambda at, _: ["transformer"] if Path(at) == self.root else []
+                )
+                # The source may be read-only, and the copy has its modes.
+                for copied in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+                    copied.chmod(copied.stat().st_mode | 0o700)
+            else:
+                partial.mkdir(parents=True)
+            made = partial / "transformer"
+            write_folder(config, weights, made, shard_bytes=shard_bytes)
+            whole = partial if self.pipeline else made
+            if (whole / SETTINGS).exists():  # a copy of a read-only file would be read-only
+                (whole / SETTINGS).unlink()
+            (whole / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+            os.replace(finish(whole, made), target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def reopening(folder: Path) -> dict[str, Weight]:
+    """Every tensor of a folder; its file is opened for each anew, so that no more of it than that tensor is in memory."""
+    files = weight_files(folder)
+
+    def load(name: str) -> torch.Tensor:
+        with open_tensors(files[name]) as stored:
+            return stored.get_tensor(name)
+
+    return {
+        name: Weight(w.shape, w.dtype, lambda n=name: load(n))  # type: ignore[misc]
+        for name, w in folder_weights(folder).items()
+    }
