@@ -152,7 +152,41 @@ def test_stochastic_rounding_keeps_small_steps():
     assert abs(moved[True] - 20e-4) < 1e-4
 
 
-def test_schedulers_and_tensor_learning_rates():
+SCHEDULERS = {
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+    "warm-up and cosine": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+            torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+        ],
+        [3],
+    ),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 2e-2, total_steps=8),  # moves betas, too
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers_do_what_they_do_to_torchs_adamw(scheduler):
+    """In fp32 to rounding; in 8 bits to the error of the bytes."""
+    for size, allowed in ((10**9, 1e-5), (4096, 0.05)):
+        ours, theirs = model(), model()
+        start = copy.deepcopy(ours)
+        optimizers = (
+            AdamW8bit(ours.parameters(), lr=1e-2, min_8bit_size=size),
+            torch.optim.AdamW(theirs.parameters(), lr=1e-2),
+        )
+        schedules = [scheduler(optimizer) for optimizer in optimizers]
+        for t in range(7):
+            for net, optimizer, schedule in zip((ours, theirs), optimizers, schedules):
+                run(net, optimizer, 1, first=t)
+                schedule.step()
+        assert schedules[0].get_last_lr() == schedules[1].get_last_lr()
+        for p, q, s in zip(ours.parameters(), theirs.parameters(), start.parameters()):
+            assert (p - q).norm() <= allowed * (q - s).norm()
+
+
+def test_a_learning_rate_may_be_a_tensor():
     runs = []
     for lr in (1e-2, torch.tensor(1e-2)):
         net = model()
@@ -166,6 +200,33 @@ def test_schedulers_and_tensor_learning_rates():
         runs.append(net)
     for p, q in zip(runs[0].parameters(), runs[1].parameters()):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_gradscaler_gives_the_bits_of_unscaled_gradients():
+    """Scales are powers of two. A step with an infinite gradient is skipped, and the scale halved."""
+    scaled, plain = model(), model()
+    ours, other = AdamW8bit(scaled.parameters()), AdamW8bit(plain.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+    scales = []
+    for t in range(5):
+        x = torch.randn(4, 65, generator=torch.Generator().manual_seed(t))
+        for net, optimizer in ((scaled, ours), (plain, other)):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            (scaler.scale(loss) if net is scaled else loss).backward()
+        if t == 2:
+            scaled[0].weight.grad[3, 3] = torch.inf
+        else:
+            other.step()
+        if t == 3:
+            scaler.unscale_(ours)  # as before clipping: the step must not divide again
+        scaler.step(ours)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        assert equal_parameters(scaled, plain)
+    assert scales == [2.0**12, 2.0**13, 2.0**12, 2.0**12, 2.0**13]
+    assert ours.skipped_steps == 1
+    assert same(states(ours), states(other))
 
 
 def test_fused_backward_equals_steps():

@@ -11,9 +11,10 @@ import torch.multiprocessing as mp
 from helpers import rand
 from torch import nn
 
-from sana_ext.optim import CAME8bit, fuse_backward
+from sana_ext.optim import AdamW8bit, CAME8bit, fuse_backward
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+both = pytest.mark.parametrize("kind", [CAME8bit, AdamW8bit])
 FACTS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "exp_avg_sq")
 
 
@@ -34,9 +35,9 @@ def loss(net, x):
     return net(x).square().mean()
 
 
-def alone(steps, **options):
+def alone(steps, kind=CAME8bit, **options):
     net = model()
-    optimizer = CAME8bit(net.named_parameters(), 1e-2, weight_decay=0.1, **options)
+    optimizer = kind(net.named_parameters(), 1e-2, weight_decay=0.1, **options)
     for step in range(steps):
         optimizer.zero_grad()
         loss(net, batch(step)).backward()
@@ -64,7 +65,7 @@ def _entry(rank, port, body, args):
     dist.destroy_process_group()
 
 
-def sharded(**options):
+def sharded(kind=CAME8bit, **options):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -74,7 +75,7 @@ def sharded(**options):
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    return net, CAME8bit(net.named_parameters(), 1e-2, weight_decay=0.1, **options)
+    return net, kind(net.named_parameters(), 1e-2, weight_decay=0.1, **options)
 
 
 def train(rank, net, optimizer, steps):
@@ -133,8 +134,13 @@ def _first_step(rank):
             assert_near(net, optimizer, peer_net, peer, 1e-4)
 
 
-def test_training_and_checkpoints(tmp_path):
-    on_two_processes(_checkpoint, str(tmp_path))
+@both
+def test_a_checkpoint_gives_the_same_bits(kind, tmp_path):
+    on_two_processes(_checkpoint, kind, str(tmp_path))
+
+
+def test_a_checkpoint_of_two_processes_is_read_by_one(tmp_path):
+    on_two_processes(_checkpoint, CAME8bit, str(tmp_path))
     # Read by one process, which goes on as it would have without the interruption.
     net, optimizer = alone(0)
     _dcp_load(net, optimizer, str(tmp_path))
@@ -161,13 +167,13 @@ def _dcp_load(net, optimizer, path):
     set_state_dict(net, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
 
 
-def _checkpoint(rank, path):
+def _checkpoint(rank, kind, path):
     import torch.distributed.checkpoint as dcp
 
-    net, optimizer = sharded()
+    net, optimizer = sharded(kind)
     train(rank, net, optimizer, range(3))
     dcp.save(_parts(net, optimizer), checkpoint_id=path)
-    other_net, other = sharded()
+    other_net, other = sharded(kind)
     _dcp_load(other_net, other, path)
     for p, q in zip(net.parameters(), other_net.parameters()):
         assert torch.equal(p.to_local(), q.to_local())
@@ -175,17 +181,18 @@ def _checkpoint(rank, path):
             loaded = other.state[q][key]
             assert loaded.dtype == value.dtype, key
             assert torch.equal(full(loaded), full(value)), key
-    for both in ((net, optimizer), (other_net, other)):
-        train(rank, *both, range(3, 5))
+    for pair in ((net, optimizer), (other_net, other)):
+        train(rank, *pair, range(3, 5))
     assert all(torch.equal(p.to_local(), q.to_local()) for p, q in zip(net.parameters(), other_net.parameters()))
 
 
-def test_infinity_on_one_process_skips_on_both():
-    on_two_processes(_infinity)
+@both
+def test_infinity_on_one_process_skips_on_both(kind):
+    on_two_processes(_infinity, kind)
 
 
-def _infinity(rank):
-    net, optimizer = sharded()
+def _infinity(rank, kind):
+    net, optimizer = sharded(kind)
     train(rank, net, optimizer, range(1))
     before = [p.to_local().clone() for p in net.parameters()]
     loss(net, batch(1)).backward()
@@ -196,14 +203,15 @@ def _infinity(rank):
     assert all(torch.equal(p.to_local(), q) for p, q in zip(net.parameters(), before))
 
 
-def test_fused_backward_on_shards():
-    on_two_processes(_fused)
+@both
+def test_fused_backward_on_shards(kind):
+    on_two_processes(_fused, kind)
 
 
-def _fused(rank):
+def _fused(rank, kind):
     results = []
     for fused in (False, True):
-        net, optimizer = sharded()
+        net, optimizer = sharded(kind)
         if fused:
             fuse_backward(optimizer)
         train(rank, net, optimizer, range(2))
@@ -211,12 +219,13 @@ def _fused(rank):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_accelerate_saves_and_loads(tmp_path):
+@both
+def test_accelerate_saves_and_loads(kind, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
 
     def prepared():
-        net, optimizer = alone(0)
+        net, optimizer = alone(0, kind)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))
         return accelerator.prepare(net, optimizer, scheduler)
 

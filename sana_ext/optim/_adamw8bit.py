@@ -27,7 +27,8 @@ class AdamW8bit(Optimizer8bit):
     The formulas are in ``sana_ext.reference.adamw8bit``, the meaning of the bytes in ``sana_ext.reference.code8``. State per
     parameter: ``state1`` and ``state2``, uint8 of its shape, and ``absmax1`` and ``absmax2``, one fp32 number for each 256
     values: 2.03 bytes per value. A parameter of fewer than `min_8bit_size` values keeps both moments in fp32, and so does a
-    sharded one (FSDP2) whose shards are not whole blocks of 256 values.
+    sharded one (FSDP2) whose shards are not whole blocks of 256 values. torch.distributed.checkpoint re-shards states of either
+    kind; it cannot turn one into the other, and the attempt ends with an error.
 
     ``load_state_dict`` also takes what bitsandbytes' AdamW8bit saved; ``bitsandbytes_state_dict`` writes what it loads.
 

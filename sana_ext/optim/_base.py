@@ -248,6 +248,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         expected = self._spec(shape, group, quantised)
         if problem := _difference(expected, plain):
             self._fail(ValueError, f"the loaded state of {name} does not fit: {problem}")
+        if not quantised:
+            coded = [k for k, (_, dtype, _) in self._spec(shape, group, True).items() if dtype == torch.uint8]
+            for key in coded:
+                if _holds_codes(shards.local(plain[key])):
+                    self._fail(
+                        ValueError,
+                        f"the loaded state of {name} does not fit: {key} is float32 and holds 8-bit codes; here it is "
+                        "kept in fp32 (min_8bit_size, or shards that end inside a block), where it was saved it was not",
+                    )
         result = {}
         for key, (_, _, cut) in expected.items():
             value = plain[key].detach()
@@ -332,6 +341,13 @@ def _difference(expected: Spec, found: dict[str, Any]) -> str | None:
         if not isinstance(value, Tensor) or tuple(shards.local(value).shape) != shape or value.dtype != dtype:
             return f"{key} must be {_short(dtype)} {list(shape)}, got {got}"
     return None
+
+
+def _holds_codes(value: Tensor) -> bool:
+    """Whether fp32 values are codes: torch.distributed.checkpoint copies uint8 into fp32 tensors without a word."""
+    if value.numel() < 64 or value.max() <= 1:
+        return False
+    return bool(((value >= 0) & (value <= 255) & (value == value.round())).all())
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -48,7 +48,8 @@ class CAME8bit(Optimizer8bit):
         capturable: keep the step count on the parameters' device, and never wait for that device.
 
     Sharded parameters (FSDP2) must be cut along their first axis. Results equal those of one process up to the order of
-    sums. Where shards end inside a block (rows of fewer than 64 values only) the first moment is fp32.
+    sums. Where shards end inside a block (rows of fewer than 64 values only) the first moment is fp32, and a checkpoint with
+    8-bit codes of that parameter is refused.
 
     Raises:
         ValueError, TypeError: an argument or a parameter that does not fit.
