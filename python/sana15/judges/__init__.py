@@ -1,0 +1,42 @@
+"""Judges: how well does a picture show what its prompt asks for? One small interface, and several that answer."""
+
+from __future__ import annotations
+
+from .base import Judge, JudgeFailed, Patient, Verdict, mean_ranks
+
+__all__ = ["Judge", "JudgeFailed", "Patient", "Verdict", "make", "mean_ranks"]
+
+
+def make(name: str) -> Judge:
+    """The judge of a command line's --judge.
+
+    Args:
+        name: "scenes" (the exact checker), "learned" or "learned:DIR", "clip:MODEL", "vlm:MODEL" (a transformers folder or name),
+            or "http://HOST:PORT/v1#MODEL" (an OpenAI-compatible server).
+
+    Raises:
+        ValueError: no such judge. FileNotFoundError, DataError: its files are missing or damaged.
+    """
+    kind, _, rest = name.partition(":")
+    if kind in ("http", "https"):
+        from .server import ServerJudge
+
+        return ServerJudge(*name.split("#", 1)) if "#" in name else ServerJudge(name)
+    if name == "scenes":
+        from .scene import SceneJudge
+
+        return SceneJudge()
+    if kind == "learned":
+        from .learned import LearnedJudge
+
+        return LearnedJudge.load(rest or None)
+    if kind in ("clip", "vlm"):
+        if not rest:
+            raise ValueError(f"--judge {kind} needs a model: {kind}:MODEL")
+        from .clip import ClipJudge
+        from .vlm import VisionLanguageJudge
+
+        return ClipJudge.load(rest) if kind == "clip" else VisionLanguageJudge.load(rest)
+    raise ValueError(
+        f"unknown judge {name!r}; one of scenes, learned[:DIR], clip:MODEL, vlm:MODEL, http://HOST/v1#MODEL"
+    )

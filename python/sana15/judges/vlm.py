@@ -1,0 +1,70 @@
+"""A vision-language model of transformers as a judge; no code that comes with a model is ever run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..files import DataError
+from .base import Verdict
+from .question import NO, YES, log_probability, question, verdict
+
+
+class VisionLanguageJudge:
+    """Any model of transformers' image-text-to-text class whose processor has a chat template."""
+
+    name = "vlm"
+
+    def __init__(self, model: Any, processor: Any, source: str) -> None:
+        self.model, self.processor, self.source = model.eval(), processor, source
+        if not getattr(processor, "chat_template", None):
+            raise DataError(f"{source} has no chat template: how it is asked is not known")
+        self.tokens = {word: _tokens(processor.tokenizer, word) for word in (YES, NO)}
+        for word, tokens in self.tokens.items():
+            if not tokens:
+                raise DataError(f"{source}: {word!r} is not one token for this model")
+
+    @staticmethod
+    def load(source: str) -> VisionLanguageJudge:
+        """A folder, or a name that transformers can find; DataError where it is no such model."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype="auto")
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{source} is no vision-language model of transformers: {_first_line(error)}") from None
+        return VisionLanguageJudge(model, processor, source)
+
+    def identity(self) -> dict[str, Any]:
+        return {"judge": self.name, "model": self.source, "dtype": str(self.model.dtype)}
+
+    def judge(self, pictures: Sequence[Image.Image], line: Mapping[str, Any]) -> list[Verdict]:
+        return [self._one(picture.convert("RGB"), line["prompt"]) for picture in pictures]
+
+    @torch.no_grad()
+    def _one(self, picture: Image.Image, prompt: str) -> Verdict:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question(prompt)}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device)  # fmt: skip
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        logs = self.model(**inputs).logits[0, -1].double().log_softmax(-1)
+        return verdict(*(log_probability(logs[self.tokens[word]].tolist()) for word in (YES, NO)))
+
+
+def _tokens(tokenizer: Any, word: str) -> list[int]:
+    """Every way in which the word is one token: with a capital, in capitals, after a space."""
+    forms = [space + w for w in (word, word.capitalize(), word.upper()) for space in ("", " ")]
+    encoded = [tokenizer.encode(form, add_special_tokens=False) for form in forms]
+    unknown = tokenizer.unk_token_id
+    return sorted({ids[0] for ids in encoded if len(ids) == 1 and ids[0] != unknown})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
