@@ -13,6 +13,7 @@ _HOMES = {
     "calibration": "trajectory",
     "grow": "growth",
     "grow_optimizer_state": "growth_training",
+    "search": "scaling.search",
 }
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "calibration",
     "grow",
     "grow_optimizer_state",
+    "search",
 ]
 
 

@@ -1,4 +1,4 @@
-"""sana15 <command>: the command line. Exit code 2 for a wrong argument, 3 for a missing or damaged file."""
+"""sana15 <command>: the command line. Exit code 2: a wrong argument; 3: a missing or damaged file; 4: prompts that no judge judged."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def _sample(args: argparse.Namespace) -> None:
     from .sample import run
 
     run(args)
+
+
+def _search(args: argparse.Namespace) -> int:
+    from .scaling.command import run
+
+    return run(args)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -123,6 +129,39 @@ def parser() -> argparse.ArgumentParser:
     _sampling_options(sample)
     sample.set_defaults(run=_sample)
 
+    search = commands.add_parser(
+        "search", help="many pictures per prompt, judged, the best picked; the same command resumes"
+    )
+    search.add_argument(
+        "--prompts", required=True, metavar="FILE", help='as for sample; "test" is the shipped test set'
+    )
+    search.add_argument("--model", default="mini", metavar="DIR", help='"mini" (default) or a pipeline folder')
+    search.add_argument("--out", required=True, metavar="DIR", help="the run's folder")
+    search.add_argument("--n", type=int, default=32, help="candidates per prompt (default 32)")
+    search.add_argument("--pick", type=int, default=4, help="how many of them are picked (default 4)")
+    search.add_argument(
+        "--judge", action="append", metavar="NAME",
+        help="scenes, learned[:DIR], clip:MODEL, vlm:MODEL or http://HOST/v1#MODEL (default learned); several vote by rank",
+    )  # fmt: skip
+    search.add_argument(
+        "--policy", default="best_of_n", help="best_of_n (default), tournament, stop, halving or bandit"
+    )
+    search.add_argument(
+        "--budget",
+        type=int,
+        metavar="UNITS",
+        help="of the run: transformer evaluations and judge calls (default: no limit)",
+    )
+    search.add_argument("--stop-at", type=float, metavar="SCORE", help="good enough, for stop and bandit")
+    search.add_argument("--shard", default="0/1", metavar="I/N", help="only prompts I, I + N, ... (default 0/1: all)")
+    search.add_argument(
+        "--batch-size", type=int, metavar="N", help="pictures computed at once (default: 32 mini, else 1)"
+    )
+    search.add_argument("--attempts", type=int, default=3, help="how often a failing judge is asked (default 3)")
+    search.add_argument("--timeout", type=float, default=120.0, help="seconds for a judge's answer (default 120)")
+    _sampling_options(search)
+    search.set_defaults(run=_search)
+
     evaluate = commands.add_parser("eval", help="score a folder of pictures in GenEval's layout")
     evaluate.add_argument("folder", metavar="DIR", help="what sana15 sample --prompts FILE --out DIR wrote")
     evaluate.add_argument("--rule", default="strict", choices=("strict", "geneval"), help="the checker's rule")
@@ -218,7 +257,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (OSError, DataError) as error:
         return _fail(args.command, error, 3)
     except ValueError as error:
@@ -227,7 +266,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(args.command, f"{error}; pip install 'sana-ext[sana15]'", 3)
     except KeyboardInterrupt:
         return _fail(args.command, "interrupted", 130)
-    return 0
 
 
 def _fail(command: str, error: object, code: int) -> int:

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .sampling import Seed
+import sana_ext
+
+from .sampling import Item, Seed
 
 OWN = ("prompt", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict", "callback_on_step_end",
        "callback_on_step_end_tensor_inputs")  # fmt: skip
@@ -84,6 +86,16 @@ class DiffusersGenerator:
             k: v if isinstance(v, (str, int, float, type(None))) else repr(v) for k, v in self.arguments.items()
         }
         return {"model": {"name": str(name), "class": type(self.pipe).__name__, "config": digest}} | arguments
+
+    def describe(self, item: Item) -> dict[str, Any]:
+        identity = self.identity()
+        return {
+            "prompt": item.prompt, "negative_prompt": self.arguments.get("negative_prompt") or "",
+            "prompt_index": item.index, "candidate": item.candidate, "steps": self.steps,
+            "sampler": type(self.pipe.scheduler).__name__, "guidance": self._argument("guidance_scale", None),
+            "model": identity["model"]["name"], "model_sha256": identity["model"]["config"],
+            "version": sana_ext.__version__,
+        }  # fmt: skip
 
     def evaluations(self, first: int, last: int) -> int:
         return self._per_step * (last - first)

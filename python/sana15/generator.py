@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 
 from . import flow
 from .guidance import GuidedVelocity
-from .sampling import Sampling, Seed, noise
+from .sampling import Item, Sampling, Seed, noise
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -37,6 +38,10 @@ class Generator(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What the pictures follow from beside prompt and seed; a resumed run must have the same. JSON."""
+        ...
+
+    def describe(self, item: Item) -> dict[str, Any]:
+        """What the PNG file of a picture says: the keys of pictures.describe; seed and size may be left out."""
         ...
 
     def evaluations(self, first: int, last: int) -> int:
@@ -98,10 +103,19 @@ class PipelineGenerator:
     def check(self, prompts: Sequence[str]) -> None:
         self.pipe.text.check([*dict.fromkeys(prompts), self.settings.negative_prompt])
 
+    @cached_property
+    def _model(self) -> dict[str, str]:
+        return self.pipe.identity()
+
     def identity(self) -> dict[str, Any]:
         guidance, interval = self.pipe.guidance_of(self.settings)
         settings = vars(self.settings) | {"guidance": guidance, "guidance_interval": list(interval)}
-        return {"model": self.pipe.identity(), "flow_shift": self.pipe.flow_shift} | settings
+        return {"model": self._model, "flow_shift": self.pipe.flow_shift} | settings
+
+    def describe(self, item: Item) -> dict[str, Any]:
+        from .pictures import describe
+
+        return describe(self.pipe, self.settings, item, self._model)
 
     def evaluations(self, first: int, last: int) -> int:
         return sum(1 + guide for guide in self.guides[first:last])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,22 @@ def parameters(values: dict[str, Any]) -> str:
 
 def save_png(picture: Image.Image, path: Path, values: dict[str, Any]) -> None:
     """Writes the picture with its description; a reader never sees a part of it."""
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG", pnginfo=_chunks(values))
+
+
+def encode_png(picture: Image.Image, values: dict[str, Any]) -> bytes:
+    """What save_png writes."""
+    data = io.BytesIO()
+    picture.save(data, format="PNG", pnginfo=_chunks(values))
+    return data.getvalue()
+
+
+def _chunks(values: dict[str, Any]) -> PngInfo:
     info = PngInfo()
     info.add_text("parameters", parameters(values))
     info.add_text("sana15", json.dumps(values))
-    with replacing(path) as partial:
-        picture.save(partial, format="PNG", pnginfo=info)
+    return info
 
 
 def read_png(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any] | None]:
