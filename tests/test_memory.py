@@ -1,6 +1,8 @@
 """sana15 info --memory, against what a real step allocates."""
 
+import importlib
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sana15.config import SanaConfig
 from sana15.memory import OPTIMIZERS, training_memory
 from sana15.model import SanaTransformer
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CONFIG = SanaConfig.named("mini", num_layers=4)
 
 
@@ -61,6 +64,20 @@ def test_state_is_what_a_step_allocates(name, precision):
     assert row.weights == row.gradients == sum(p.numel() * p.element_size() for p in model.parameters())
     assert row.largest_gradient == max(p.numel() * p.element_size() for p in model.parameters())
     assert row.least == row.weights + row.largest_gradient + row.state + row.checkpointed
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+@pytest.mark.parametrize("name", ["CAME8bit", "AdamW8bit"])
+def test_the_script_measures_what_is_predicted(name, keep_weights, monkeypatch):
+    if not BENCHMARKS.exists():
+        pytest.skip("needs the source tree")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    measured = importlib.import_module("optimizer_state").measure("mini", name, torch.bfloat16, keep_weights)
+    rows = training_memory(SanaConfig.named("mini"))
+    (row,) = [r for r in rows if (r.precision, r.optimizer) == ("bf16", name)]
+    assert measured.state == measured.predicted == row.state
+    assert 2 * measured.parameters == row.weights
+    assert measured.largest_gradients == 0  # after each step; fuse_backward has freed them
 
 
 def test_published_sizes_take_no_memory():
