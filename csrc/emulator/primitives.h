@@ -93,6 +93,10 @@ inline void check_global(const void* p, size_t bytes, bool write) {
     this_block().fault(wrong);
 }
 template <class T>
+T* to_global(T* p) {
+  return p;
+}
+template <class T>
 T load_global(const T* p) {
   check_global(p, sizeof(T), false);
   return *p;

@@ -1,89 +1,18 @@
 #include "adamw8bit.h"
 
-#include "../../common/rounding.h"
 #include "code8.cuh"
+#include "lane_values.cuh"
 
 namespace sana_ext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kValues = static_cast<int>(kAdamW8bitBlock) / kWarpSize;  // of a lane
+constexpr int kValues = kLaneValues;
+static_assert(kAdamW8bitBlock == kValues * kWarpSize);
 
-// The 8 values of a lane, from element i on; those past the end are 0. Whole, aligned blocks in 16-byte accesses.
-__device__ inline void load_floats(const void* data, bool bf16, int64_t i, int64_t n, bool whole, float (&v)[kValues]) {
-  if (whole && bf16) {
-    const Bytes16 bytes = load_global(reinterpret_cast<const Bytes16*>(static_cast<const BFloat16*>(data) + i));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) unpack<BFloat16>(bytes.word[j], v[2 * j], v[2 * j + 1]);
-  } else if (whole) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Bytes16 bytes = load_global(reinterpret_cast<const Bytes16*>(static_cast<const float*>(data) + i) + half);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[4 * half + j] = bits_float(bytes.word[j]);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kValues; ++j)
-      v[j] = i + j >= n ? 0.0f
-             : bf16     ? to_float(load_global(static_cast<const BFloat16*>(data) + i + j))
-                        : load_global(static_cast<const float*>(data) + i + j);
-  }
-}
-
-__device__ inline void store_floats(float* data, int64_t i, int64_t n, bool whole, const float (&v)[kValues]) {
-  if (whole) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Bytes16 bytes;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) bytes.word[j] = float_bits(v[4 * half + j]);
-      store_global(reinterpret_cast<Bytes16*>(data + i) + half, bytes);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kValues; ++j)
-      if (i + j < n) store_global(data + i + j, v[j]);
-  }
-}
-
-__device__ inline void store_bf16(uint16_t* data, int64_t i, int64_t n, bool whole, int64_t seed,
-                                  const float (&v)[kValues]) {
-  uint16_t bits[kValues];
-#pragma unroll
-  for (int j = 0; j < kValues; ++j)
-    bits[j] = seed < 0 ? float_to_bfloat16(v[j])
-                       : float_to_bfloat16_by_chance(
-                             v[j], random_bits(static_cast<uint32_t>(i + j), static_cast<uint32_t>(seed)));
-  if (whole) {
-    Bytes16 bytes;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) bytes.word[j] = bits[2 * j] | static_cast<uint32_t>(bits[2 * j + 1]) << 16;
-    store_global(reinterpret_cast<Bytes16*>(data + i), bytes);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kValues; ++j)
-      if (i + j < n) store_global(data + i + j, bits[j]);
-  }
-}
-
-__device__ inline uint64_t load_codes(const uint8_t* data, int64_t i, int64_t n, bool whole, uint8_t zero) {
-  if (whole) return load_global(reinterpret_cast<const uint64_t*>(data + i));
-  uint64_t codes = 0;
-#pragma unroll
-  for (int j = 0; j < kValues; ++j) {
-    const uint8_t code = i + j < n ? load_global(data + i + j) : zero;
-    codes |= static_cast<uint64_t>(code) << 8 * j;
-  }
-  return codes;
-}
-
-__device__ inline void store_codes(uint8_t* data, int64_t i, int64_t n, bool whole, uint64_t codes) {
-  if (whole) return store_global(reinterpret_cast<uint64_t*>(data + i), codes);
-#pragma unroll
-  for (int j = 0; j < kValues; ++j)
-    if (i + j < n) store_global(data + i + j, static_cast<uint8_t>(codes >> 8 * j));
+__device__ inline void load_floats(const void* data, bool bf16, int64_t i, int count, bool whole, float (&v)[kValues]) {
+  unpack_values(load_values(data, bf16, i, count, whole), bf16, v);
 }
 
 // The scale of the warp's block from the values, which become finite.
@@ -115,8 +44,9 @@ __device__ inline int find(const AdamW8bitLaunch& a, uint32_t block) {
   return low;
 }
 
-// Calls f(tensor, its number, first element, whether the block is whole and aligned) for the blocks of this warp: every
-// kWarps-th of the thread block's chunk, so that neighbouring warps read neighbouring memory.
+// Calls f(tensor, its number, this lane's first element, its values, whether the block is whole and aligned) for the
+// blocks of this warp: every kWarps-th of the thread block's chunk, so that neighbouring warps read neighbouring
+// memory.
 template <class F>
 __device__ inline void for_each_block(const AdamW8bitLaunch& a, const F& f) {
   const uint32_t begin = blockIdx.x * static_cast<uint32_t>(kAdamW8bitChunk);
@@ -126,7 +56,12 @@ __device__ inline void for_each_block(const AdamW8bitLaunch& a, const F& f) {
     while (i + 1 < a.count && a.tensors[i + 1].first_block <= block) ++i;
     const AdamW8bitTensor& t = a.tensors[i];
     const int64_t at = (block - t.first_block) * kAdamW8bitBlock;
-    f(t, i, at, t.aligned && at + kAdamW8bitBlock <= t.n);
+    const int64_t first = at + threadIdx.x % kWarpSize * kValues, left = t.n - first;
+    f(t, i, first,
+      static_cast<int>(left < 0         ? 0
+                       : left < kValues ? left
+                                        : kValues),
+      t.aligned && at + kAdamW8bitBlock <= t.n);
   }
 }
 
@@ -138,19 +73,19 @@ __global__ void __launch_bounds__(kThreads) adamw8bit_step_kernel(AdamW8bitLaunc
   __syncthreads();
   if (load_global(a.found_inf) != 0.0f) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  for_each_block(a, [&](const AdamW8bitTensor& t, int number, int64_t at, bool whole) {
+  for_each_block(a, [&](const AdamW8bitTensor& t, int number, int64_t i, int count, bool whole) {
     const double* h = a.hyper + static_cast<int64_t>(number) * kAdamW8bitColumns;
     const auto hyper = [&](int column) { return static_cast<float>(load_global(h + column)); };
     const float beta1 = hyper(0), rest1 = hyper(1), beta2 = hyper(2), rest2 = hyper(3), size = hyper(4),
                 root = hyper(5), eps = hyper(6), keep = hyper(7), factor = hyper(8);
-    const int64_t i = at + lane * kValues, block = at / kAdamW8bitBlock;
+    const int64_t block = i / kAdamW8bitBlock;
     float p[kValues], g[kValues], m[kValues], v[kValues];
-    load_floats(t.p, t.p_bf16, i, t.n, whole, p);
-    load_floats(t.g, t.g_bf16, i, t.n, whole, g);
+    load_floats(t.p, t.p_bf16, i, count, whole, p);
+    load_floats(t.g, t.g_bf16, i, count, whole, g);
     const bool bytes = t.absmax1 != nullptr;
     if (bytes) {
-      const uint64_t codes1 = load_codes(static_cast<const uint8_t*>(t.state1), i, t.n, whole, kCodeZero);
-      const uint64_t codes2 = load_codes(static_cast<const uint8_t*>(t.state2), i, t.n, whole, 0);
+      const uint64_t codes1 = load_codes(static_cast<const uint8_t*>(t.state1), i, count, whole, kCodeZero);
+      const uint64_t codes2 = load_codes(static_cast<const uint8_t*>(t.state2), i, count, whole, 0);
       const float scale1 = load_global(t.absmax1 + block), scale2 = load_global(t.absmax2 + block);
 #pragma unroll
       for (int j = 0; j < kValues; ++j) {
@@ -160,8 +95,8 @@ __global__ void __launch_bounds__(kThreads) adamw8bit_step_kernel(AdamW8bitLaunc
         v[j] = code2.magnitude[static_cast<int>(codes2 >> 8 * j & 0xff)] * scale2;
       }
     } else {
-      load_floats(t.state1, false, i, t.n, whole, m);
-      load_floats(t.state2, false, i, t.n, whole, v);
+      load_floats(t.state1, false, i, count, whole, m);
+      load_floats(t.state2, false, i, count, whole, v);
     }
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
@@ -177,13 +112,13 @@ __global__ void __launch_bounds__(kThreads) adamw8bit_step_kernel(AdamW8bitLaunc
       }
     }
     if (t.p_bf16)
-      store_bf16(static_cast<uint16_t*>(t.p), i, t.n, whole, a.seeds == nullptr ? -1 : load_global(a.seeds + number),
+      store_bf16(static_cast<uint16_t*>(t.p), i, count, whole, a.seeds == nullptr ? -1 : load_global(a.seeds + number),
                  p);
     else
-      store_floats(static_cast<float*>(t.p), i, t.n, whole, p);
+      store_floats(static_cast<float*>(t.p), i, count, whole, p);
     if (!bytes) {
-      store_floats(static_cast<float*>(t.state1), i, t.n, whole, m);
-      store_floats(static_cast<float*>(t.state2), i, t.n, whole, v);
+      store_floats(static_cast<float*>(t.state1), i, count, whole, m);
+      store_floats(static_cast<float*>(t.state2), i, count, whole, v);
       return;
     }
     const float scale1 = scale_of(m), scale2 = scale_of(v);
@@ -196,8 +131,8 @@ __global__ void __launch_bounds__(kThreads) adamw8bit_step_kernel(AdamW8bitLaunc
       codes1 |= code << 8 * j;
       codes2 |= static_cast<uint64_t>(encode_unsigned(code2, v[j] * inverse2)) << 8 * j;
     }
-    store_codes(static_cast<uint8_t*>(t.state1), i, t.n, whole, codes1);
-    store_codes(static_cast<uint8_t*>(t.state2), i, t.n, whole, codes2);
+    store_codes(static_cast<uint8_t*>(t.state1), i, count, whole, codes1);
+    store_codes(static_cast<uint8_t*>(t.state2), i, count, whole, codes2);
     if (lane == 0) store_global(t.absmax1 + block, scale1), store_global(t.absmax2 + block, scale2);
   });
 }
@@ -207,9 +142,9 @@ __global__ void __launch_bounds__(kThreads) adamw8bit_check_kernel(AdamW8bitLaun
   const Shared<float> sums = memory.take<float>(kWarps);
   const float factor = load_global(a.factor);
   float sum = 0.0f;  // NaN as soon as a product is not finite: 0 * infinity
-  for_each_block(a, [&](const AdamW8bitTensor& t, int, int64_t at, bool whole) {
+  for_each_block(a, [&](const AdamW8bitTensor& t, int, int64_t i, int count, bool whole) {
     float g[kValues];
-    load_floats(t.g, t.g_bf16, at + threadIdx.x % kWarpSize * kValues, t.n, whole, g);
+    load_floats(t.g, t.g_bf16, i, count, whole, g);
 #pragma unroll
     for (int j = 0; j < kValues; ++j) sum += g[j] * factor * 0.0f;
   });

@@ -1,181 +1,12 @@
 // The passes over the tiles; see came8bit.h.
-#include "came8bit.h"
-
-#include "../../common/rounding.h"
+#include "came8bit_tile.cuh"
 #include "code8.cuh"
 
 namespace sana_ext::cuda {
 namespace {
 
-constexpr int kWarps = kCame8bitThreads / kWarpSize;
-constexpr int kValues = kCame8bitStrip / kWarpSize;  // of a lane
+constexpr int kWarps = kCame8bitWarps, kValues = kLaneValues;
 constexpr size_t kColumnBytes = shared_size<float>(kWarps * kCame8bitStrip);
-
-// Eight values as they lie in memory: bf16 in low, fp32 in both. All loads of some rows are under way before the first
-// is unpacked.
-struct Raw {
-  Bytes16 low, high;
-};
-
-__device__ inline Raw load_values(const void* data, bool bf16, int64_t i, int count, bool whole) {
-  Raw raw{};
-  if (whole && bf16) {
-    raw.low = load_global(reinterpret_cast<const Bytes16*>(static_cast<const BFloat16*>(data) + i));
-  } else if (whole) {
-    const auto* from = reinterpret_cast<const Bytes16*>(static_cast<const float*>(data) + i);
-    raw.low = load_global(from), raw.high = load_global(from + 1);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kValues; ++j) {
-      if (j >= count) continue;
-      if (bf16)
-        raw.low.word[j / 2] |= static_cast<uint32_t>(load_global(static_cast<const uint16_t*>(data) + i + j))
-                               << 16 * (j % 2);
-      else
-        (j < 4 ? raw.low : raw.high).word[j % 4] = float_bits(load_global(static_cast<const float*>(data) + i + j));
-    }
-  }
-  return raw;
-}
-
-__device__ inline uint64_t load_codes(const uint8_t* data, int64_t i, int count, bool whole) {
-  if (whole) return load_global(reinterpret_cast<const uint64_t*>(data + i));
-  uint64_t codes = 0;
-#pragma unroll
-  for (int j = 0; j < kValues; ++j)
-    if (j < count) codes |= static_cast<uint64_t>(load_global(data + i + j)) << 8 * j;
-  return codes;
-}
-
-__device__ inline void unpack_values(const Raw& raw, bool bf16, float (&v)[kValues]) {
-  if (bf16) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) unpack<BFloat16>(raw.low.word[j], v[2 * j], v[2 * j + 1]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = bits_float(raw.low.word[j]), v[4 + j] = bits_float(raw.high.word[j]);
-  }
-}
-
-__device__ inline void store_floats(float* data, int64_t i, int count, bool whole, const float (&v)[kValues]) {
-  if (whole) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Bytes16 bytes;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) bytes.word[j] = float_bits(v[4 * half + j]);
-      store_global(reinterpret_cast<Bytes16*>(data + i) + half, bytes);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kValues; ++j)
-      if (j < count) store_global(data + i + j, v[j]);
-  }
-}
-
-__device__ inline void store_bf16(uint16_t* data, int64_t i, int count, bool whole, bool by_chance, uint32_t seed,
-                                  const float (&v)[kValues]) {
-  uint16_t bits[kValues];
-#pragma unroll
-  for (int j = 0; j < kValues; ++j)
-    bits[j] = by_chance ? float_to_bfloat16_by_chance(v[j], random_bits(static_cast<uint32_t>(i + j), seed))
-                        : float_to_bfloat16(v[j]);
-  if (whole) {
-    Bytes16 bytes;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) bytes.word[j] = bits[2 * j] | static_cast<uint32_t>(bits[2 * j + 1]) << 16;
-    store_global(reinterpret_cast<Bytes16*>(data + i), bytes);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kValues; ++j)
-      if (j < count) store_global(data + i + j, bits[j]);
-  }
-}
-
-__device__ inline void store_codes(uint8_t* data, int64_t i, int count, bool whole, uint64_t codes) {
-  if (whole) return store_global(reinterpret_cast<uint64_t*>(data + i), codes);
-#pragma unroll
-  for (int j = 0; j < kValues; ++j)
-    if (j < count) store_global(data + i + j, static_cast<uint8_t>(codes >> 8 * j));
-}
-
-// This thread's part of its block's tile: rows begin, begin + kWarps, .. of matrix b, `count` columns from col on.
-struct Tile {
-  int64_t b, chunk, begin, end, col;
-  int strip, count;
-  int64_t columns;  // of the strip
-};
-
-__device__ inline Tile tile_of(const Came8bitTensor& t) {
-  const uint32_t number = blockIdx.x - t.first_tile, strips = static_cast<uint32_t>(t.strips);
-  const uint32_t rest = number / strips, chunks = static_cast<uint32_t>(t.chunks);
-  Tile tile;
-  tile.strip = static_cast<int>(number % strips), tile.b = rest / chunks, tile.chunk = rest % chunks;
-  const int64_t first = tile.chunk * kCame8bitRows, last = first + kCame8bitRows;
-  tile.begin = first + threadIdx.x / kWarpSize, tile.end = last < t.R ? last : t.R;
-  const int64_t block = static_cast<int64_t>(tile.strip / t.block_strips) * t.block;
-  const int64_t within = static_cast<int64_t>(tile.strip % t.block_strips) * t.strip_width;
-  int64_t columns = t.strip_width;
-  columns = t.block - within < columns ? t.block - within : columns;
-  columns = t.C - block - within < columns ? t.C - block - within : columns;
-  tile.columns = columns > 0 ? columns : 0;
-  const int64_t at = threadIdx.x % kWarpSize * kValues, count = tile.columns - at;
-  tile.col = block + within + at, tile.count = static_cast<int>(count < 0 ? 0 : count > kValues ? kValues : count);
-  return tile;
-}
-
-// A row's part of this thread; the last row of a parameter that is not factored may end early.
-struct Piece {
-  int64_t row, offset;  // among all rows; of the first value
-  int count;
-  bool whole;
-};
-
-__device__ inline Piece piece_of(const Came8bitTensor& t, const Tile& tile, int64_t row) {
-  Piece piece;
-  piece.row = tile.b * t.R + row, piece.offset = piece.row * t.C + tile.col;
-  piece.count = row < tile.end ? tile.count : 0;
-  if (!t.factored) {
-    const int64_t left = t.n - piece.offset;
-    piece.count = left >= piece.count ? piece.count : left > 0 ? static_cast<int>(left) : 0;
-  }
-  piece.whole = t.aligned && piece.count == kValues;
-  return piece;
-}
-
-__device__ inline float hyper(const Came8bitLaunch& a, int owner, int column) {
-  return static_cast<float>(load_global(a.hyper + static_cast<int64_t>(owner) * kCame8bitHyper + column));
-}
-__device__ inline double hyper64(const Came8bitLaunch& a, int owner, int column) {
-  return load_global(a.hyper + static_cast<int64_t>(owner) * kCame8bitHyper + column);
-}
-
-// min(1, clip / rms(u)) * factor: what g is multiplied with besides rows and columns.
-__device__ inline float clipped(const Came8bitLaunch& a, const Came8bitTensor& t, int owner) {
-  const double rms = sqrt(load_global(t.w_square) / hyper64(a, owner, 13)) / hyper64(a, owner, 7);
-  return static_cast<float>((rms > 1.0 ? 1.0 / rms : 1.0)) * hyper(a, owner, 8);
-}
-
-// The sums of the tile's columns, over the rows of each warp and then over the warps, in order.
-__device__ inline void store_columns(const Came8bitTensor& t, const Tile& tile, const float (&column)[kValues],
-                                     Shared<float> slots) {
-#pragma unroll
-  for (int j = 0; j < kValues; ++j) slots[threadIdx.x * kValues + j] = column[j];
-  __syncthreads();
-  const int64_t c = threadIdx.x;
-  if (c >= tile.columns) return;
-  float sum = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) sum += slots[warp * kCame8bitStrip + c];
-  const int64_t first = tile.col - static_cast<int64_t>(threadIdx.x % kWarpSize) * kValues;
-  store_global(t.col_part + (tile.b * t.chunks + tile.chunk) * t.C + first + c, sum);
-}
-
-__device__ inline void load_columns(const float* columns, const Came8bitTensor& t, const Tile& tile,
-                                    float (&c)[kValues]) {
-#pragma unroll
-  for (int j = 0; j < kValues; ++j) c[j] = j < tile.count ? load_global(columns + tile.b * t.C + tile.col + j) : 0.0f;
-}
 
 // The sums of squares of this thread's columns, and of all; the rows' are stored. A template, since rows that cannot
 // end early take half of the registers.
@@ -215,7 +46,7 @@ __global__ void __launch_bounds__(kCame8bitThreads, 3) came8bit_squares_kernel(C
   SharedMemory memory;
   const Shared<float> slots = memory.take<float>(kWarps * kCame8bitStrip);
   const int owner = load_global(a.tile_owner + blockIdx.x);
-  const Came8bitTensor t = a.tensors[owner];
+  const Came8bitTensor t = tensor_of(a, owner);
   const Tile tile = tile_of(t);
   const float factor = hyper(a, owner, 8);
   float column[kValues] = {};
@@ -233,7 +64,7 @@ __global__ void __launch_bounds__(kCame8bitThreads, 3) came8bit_norm_kernel(Came
   const Shared<float> slots = memory.take<float>(kWarps);
   if (load_global(a.found_inf) != 0.0f) return;
   const int owner = load_global(a.tile_owner + blockIdx.x);
-  const Came8bitTensor t = a.tensors[owner];
+  const Came8bitTensor t = tensor_of(a, owner);
   const Tile tile = tile_of(t);
   const float factor = hyper(a, owner, 8);
   float all = 0.0f;
@@ -374,7 +205,7 @@ __global__ void __launch_bounds__(kCame8bitThreads, 2) came8bit_residual_kernel(
   const SharedCode code = take_code(memory);
   if (load_global(a.found_inf) != 0.0f) return;
   const int owner = load_global(a.tile_owner + blockIdx.x);
-  const Came8bitTensor t = a.tensors[owner];
+  const Came8bitTensor t = tensor_of(a, owner);
   if (!t.factored && !t.codes) return;
   if (t.codes && !t.linear) {
     fill(code, true);
@@ -445,7 +276,7 @@ __global__ void __launch_bounds__(kCame8bitThreads, 2) came8bit_apply_kernel(Cam
   const SharedCode code = take_code(memory);
   if (load_global(a.found_inf) != 0.0f) return;
   const int owner = load_global(a.tile_owner + blockIdx.x);
-  const Came8bitTensor t = a.tensors[owner];
+  const Came8bitTensor t = tensor_of(a, owner);
   if (t.codes && !t.linear) {
     fill(code, true);
     __syncthreads();
@@ -470,8 +301,7 @@ __global__ void __launch_bounds__(kCame8bitThreads, 2) came8bit_apply_kernel(Cam
     for (int j = 0; j < kValues; ++j)
       p[j] = p[j] - p[j] * decay - (t.factored ? m[j] * step * residual[j] : m[j] * step);
     if (t.p_bf16)
-      store_bf16(static_cast<uint16_t*>(t.p), piece.offset, piece.count, piece.whole, seed >= 0,
-                 static_cast<uint32_t>(seed), p);
+      store_bf16(static_cast<uint16_t*>(t.p), piece.offset, piece.count, piece.whole, seed, p);
     else
       store_floats(static_cast<float*>(t.p), piece.offset, piece.count, piece.whole, p);
     if (!t.codes) {

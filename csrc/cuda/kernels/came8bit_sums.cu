@@ -4,7 +4,7 @@
 #include <initializer_list>
 
 #include "../../common/code8.h"
-#include "primitives.cuh"
+#include "came8bit_tile.cuh"
 
 namespace sana_ext::cuda {
 namespace {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) came8bit_after_kernel(Came8bitLaunch
   const Shared<double> slots = memory.take<double>(kWarps), others = memory.take<double>(kWarps);
   if (a.phase != 0 && load_global(a.found_inf) != 0.0f) return;
   const int owner = load_global(a.item_owner + blockIdx.x);
-  const Came8bitTensor t = a.tensors[owner];
+  const Came8bitTensor t = tensor_of(a, owner);
   if (!t.factored) return;
   const Item item = item_of(t);
   if (!item.rows) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) came8bit_totals_kernel(Came8bitLaunc
   SharedMemory memory;
   const Shared<double> slots = memory.take<double>(2 * kWarps);
   if (a.phase != 0 && load_global(a.found_inf) != 0.0f) return;
-  const Came8bitTensor t = a.tensors[blockIdx.x];
+  const Came8bitTensor t = tensor_of(a, blockIdx.x);
   double all = 0.0;
   if (a.phase == 1 || (a.phase == 0 && !t.factored)) {
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < t.tiles; i += kThreads)
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) came8bit_found_kernel(Came8bitLaunch
 __global__ void __launch_bounds__(kThreads) came8bit_before_kernel(Came8bitLaunch a) {
   if (load_global(a.found_inf) != 0.0f) return;
   const int owner = load_global(a.item_owner + blockIdx.x);
-  const Came8bitTensor t = a.tensors[owner];
+  const Came8bitTensor t = tensor_of(a, owner);
   const Item item = item_of(t);
   if (item.at < 0) return;
   const bool one = a.phase == 1;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) came8bit_before_kernel(Came8bitLaunc
 // After phase 3: the scales that its codes are of.
 __global__ void __launch_bounds__(kThreads) came8bit_commit_kernel(Came8bitLaunch a) {
   if (load_global(a.found_inf) != 0.0f) return;
-  const Came8bitTensor t = a.tensors[load_global(a.item_owner + blockIdx.x)];
+  const Came8bitTensor t = tensor_of(a, load_global(a.item_owner + blockIdx.x));
   const Item item = item_of(t);
   if (item.at < 0 || !item.rows || t.codes == nullptr) return;
   const int64_t row = item.at - item.b * t.R;

@@ -123,6 +123,13 @@ __device__ inline float reciprocal_approx(float x) {
 
 // Global memory. Bytes16 makes one 16-byte access; the address must be a multiple of 16.
 
+// A pointer read from memory: not told so, the compiler would use generic accesses where it leads.
+template <class T>
+__device__ inline T* to_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 template <class T>
 __device__ inline T load_global(const T* p) {
   return *p;
