@@ -19,16 +19,6 @@ def shapes(C):
     return [*matrices, (2 * F, 1, 3, 3), (2 * F,), (2 * F,), *[(C,)] * 9]
 
 
-def parameters(layout, dtype, device):
-    generator = torch.Generator().manual_seed(0)
-    params = []
-    for shape in layout:
-        p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        p.grad = torch.randn(shape, generator=generator).to(device, dtype)
-        params.append(p)
-    return params
-
-
 def make(name, params):
     if name == "AdamW":
         return torch.optim.AdamW(params, fused=True, **OPTIONS)
@@ -44,7 +34,9 @@ def gate(layout, dtype, device, other):
     one ours strays no further from it than the bytes allow, and with bitsandbytes no further than that."""
 
     def check():
-        truth, peer, ours = (parameters(layout, d, device) for d in (torch.float64, dtype, dtype))
+        truth, peer, ours = (
+            harness.parameters_with_gradients(layout, d, device) for d in (torch.float64, dtype, dtype)
+        )
         for p, q in zip(truth, ours):
             p.data.copy_(q.data)
             p.grad.copy_(q.grad)
@@ -76,7 +68,10 @@ def case(args, dtype, other):
         name,
         shape,
         dtype,
-        {column: make(who, parameters(layout, dtype, args.device)).step for column, who in columns.items()},
+        {
+            column: make(who, harness.parameters_with_gradients(layout, dtype, args.device)).step
+            for column, who in columns.items()
+        },
         gate(shapes(64), dtype, args.device, other),
         bytes=(3 * dtype.itemsize + 4 + 4 * 4 / 256) * values,
     )

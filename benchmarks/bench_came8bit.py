@@ -60,21 +60,13 @@ class Plain:
             p.add_(m.view(p.shape), alpha=-self.lr)
 
 
-def parameters(layout, dtype, device):
-    generator = torch.Generator().manual_seed(0)
-    params = []
-    for shape in layout:
-        p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        p.grad = torch.randn(shape, generator=generator).to(device, dtype)
-        params.append(p)
-    return params
-
-
 def gate(layout, dtype, device, code):
     """The first step by the rule of the tests, and the second one's codes near those of the plain optimizer."""
 
     def check():
-        truth, peer, ours = (parameters(layout, d, device) for d in (torch.float64, dtype, dtype))
+        truth, peer, ours = (
+            harness.parameters_with_gradients(layout, d, device) for d in (torch.float64, dtype, dtype)
+        )
         for p, q in zip(truth, ours):
             p.data.copy_(q.data)
             p.grad.copy_(q.grad)
@@ -92,7 +84,10 @@ def case(args, dtype, code, other):
     C, F = (64, 160) if args.quick else (args.channels, args.channels * 5 // 2)
     layout = shapes(C, F) * args.blocks
     small = shapes(64, 160)
-    ours, peer = parameters(layout, dtype, args.device), parameters(layout, dtype, args.device)
+    ours, peer = (
+        harness.parameters_with_gradients(layout, dtype, args.device),
+        harness.parameters_with_gradients(layout, dtype, args.device),
+    )
     eager = torch.optim.AdamW(peer, lr=1e-4, fused=True) if other == "AdamW" else Plain(peer, 1e-4, code)
     values = sum(p.numel() for p in ours)
 

@@ -92,6 +92,19 @@ def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
+def parameters_with_gradients(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: str
+) -> list[torch.nn.Parameter]:
+    """The same normal values whatever the dtype and device."""
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for shape in shapes:
+        p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
+        p.grad = torch.randn(shape, generator=generator).to(device, dtype)
+        params.append(p)
+    return params
+
+
 def gate(
     ours: Callable[..., Any],
     eager: Callable[..., Any],

@@ -164,3 +164,15 @@ def assert_thread_independent(fn: Callable[..., Any], inputs: dict[str, torch.Te
     for run in runs[1:]:
         for name, value in runs[0].items():
             assert torch.equal(value, run[name]), f"{name} depends on the thread count"
+
+
+def normal_parameters(shapes, dtype, device):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+
+
+def normal_gradients(params, step):
+    """The same on every device."""
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p)

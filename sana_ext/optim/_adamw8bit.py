@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -12,8 +13,7 @@ from ..ops import adamw8bit as _ops  # noqa: F401  (registers the ops)
 from ..reference.adamw8bit import BLOCK, rest32
 from ..reference.code8 import dynamic_table
 from . import _shards as shards
-from ._base import Optimizer8bit, Spec, Work
-from ._came8bit import _number, _numbers
+from ._base import Optimizer8bit, Spec, Work, number, numbers
 
 _WRAPPED = (
     "__bnb_optimizer_quant_state__"  # bitsandbytes hides the tensors of its states from FSDP in a dict of this name
@@ -78,16 +78,10 @@ class AdamW8bit(Optimizer8bit):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        def check(ok: bool, name: str, wanted: str) -> None:
-            if not ok:
-                self._fail(ValueError, f"{name} must be {wanted}, got {group[name]!r}")
-
-        lr = group["lr"]
-        check(lr.numel() == 1 if isinstance(lr, Tensor) else _number(lr) and lr >= 0, "lr", "a number >= 0")
-        check(_numbers(group["betas"], 2) and all(0 <= b < 1 for b in group["betas"]), "betas", "two numbers in [0, 1)")
-        check(_number(group["eps"]) and group["eps"] >= 0, "eps", "a number >= 0")
-        check(_number(group["weight_decay"]) and group["weight_decay"] >= 0, "weight_decay", "a number >= 0")
-        check(isinstance(group["min_8bit_size"], int), "min_8bit_size", "an integer")
+        self._check_common(group)
+        check = partial(self._check, group)
+        check(numbers(group["betas"], 2) and all(0 <= b < 1 for b in group["betas"]), "betas", "two numbers in [0, 1)")
+        check(number(group["eps"]) and group["eps"] >= 0, "eps", "a number >= 0")
         check(isinstance(group["seed"], int) and 0 <= group["seed"] < 2**32, "seed", "an integer in 0..2^32-1")
 
     def _quantises(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:

@@ -74,6 +74,18 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuses hyperparameters that cannot be meant."""
 
+    def _check_common(self, group: dict[str, Any]) -> None:
+        """Those of both AdamW8bit and CAME8bit."""
+        lr, decay = group["lr"], group["weight_decay"]
+        one = lr.numel() == 1 if isinstance(lr, Tensor) else number(lr) and lr >= 0
+        self._check(group, one, "lr", "a number >= 0")
+        self._check(group, number(decay) and decay >= 0, "weight_decay", "a number >= 0")
+        self._check(group, isinstance(group["min_8bit_size"], int), "min_8bit_size", "an integer")
+
+    def _check(self, group: dict[str, Any], ok: bool, name: str, wanted: str) -> None:
+        if not ok:
+            self._fail(ValueError, f"{name} must be {wanted}, got {group[name]!r}")
+
     def _check_dtype(self, p: Tensor, name: str) -> None:
         if p.dtype not in DTYPES:
             self._fail(TypeError, f"{name} has dtype {_short(p.dtype)}; supported are float32 and bfloat16")
@@ -352,3 +364,11 @@ def _holds_codes(value: Tensor) -> bool:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def numbers(values: Any, count: int) -> bool:
+    return isinstance(values, (tuple, list)) and len(values) == count and all(map(number, values))

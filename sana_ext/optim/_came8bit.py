@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..ops.came8bit import GEOMETRY  # noqa: F401  (registers the op)
 from ..reference.came8bit import Geometry, trimmed
 from ..reference.code8 import CODES
 from . import _shards as shards
-from ._base import Optimizer8bit, Spec, Work
+from ._base import Optimizer8bit, Spec, Work, number, numbers
 
 _FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
 
@@ -87,22 +88,16 @@ class CAME8bit(Optimizer8bit):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        def check(ok: bool, name: str, wanted: str) -> None:
-            if not ok:
-                self._fail(ValueError, f"{name} must be {wanted}, got {group[name]!r}")
-
-        lr = group["lr"]
-        check(lr.numel() == 1 if isinstance(lr, Tensor) else _number(lr) and lr >= 0, "lr", "a number >= 0")
+        self._check_common(group)
+        check = partial(self._check, group)
         check(
-            _numbers(group["betas"], 3) and all(0 <= b < 1 for b in group["betas"]), "betas", "three numbers in [0, 1)"
+            numbers(group["betas"], 3) and all(0 <= b < 1 for b in group["betas"]), "betas", "three numbers in [0, 1)"
         )
-        check(_numbers(group["eps"], 2) and all(e >= 0 for e in group["eps"]), "eps", "two numbers >= 0")
-        check(_number(group["clip_threshold"]) and group["clip_threshold"] > 0, "clip_threshold", "a number > 0")
-        check(_number(group["weight_decay"]) and group["weight_decay"] >= 0, "weight_decay", "a number >= 0")
+        check(numbers(group["eps"], 2) and all(e >= 0 for e in group["eps"]), "eps", "two numbers >= 0")
+        check(number(group["clip_threshold"]) and group["clip_threshold"] > 0, "clip_threshold", "a number > 0")
         check(group["code"] is None or group["code"] in CODES, "code", f"{', '.join(map(repr, CODES))} or None")
         block = group["block_size"]
         check(block is None or (isinstance(block, int) and 1 <= block <= 2**16), "block_size", "an integer in 1..65536")
-        check(isinstance(group["min_8bit_size"], int), "min_8bit_size", "an integer")
 
     def _quantises(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
         large = torch.Size(shape).numel() >= max(1, group["min_8bit_size"])
@@ -273,11 +268,3 @@ def _code(group: dict[str, Any]) -> str:
 
 def _first(g: Geometry) -> tuple[int, ...]:
     return g.matrices, g.rows, g.cols, int(g.factored), g.block
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _numbers(values: Any, count: int) -> bool:
-    return isinstance(values, (tuple, list)) and len(values) == count and all(map(_number, values))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import dtype_id, needs_gpu
+from helpers import dtype_id, needs_gpu, normal_gradients, normal_parameters
 
 from sana_ext import _extension
 from sana_ext.optim import AdamW8bit
@@ -13,17 +13,6 @@ pytestmark = needs_gpu
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 #: More parameters than one launch has room for, whole blocks and tails, 8-bit and fp32 states.
 SHAPES = [(64, 100), (4096,), (5, 1001), (7,), (0,), *[(33,)] * 600]
-
-
-def parameters(dtype, device):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
-
-
-def give_gradients(params, t):
-    generator = torch.Generator().manual_seed(t)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p)
 
 
 def test_the_compiled_kernel_answers():
@@ -36,11 +25,11 @@ def test_the_compiled_kernel_answers():
 )
 def test_steps_are_those_of_the_cpu(dtype, options):
     """From the CPU's state each time: parameters to fp32 rounding, at least 99.9 % of the bytes, the others next to them."""
-    ours, peer = parameters(dtype, "cuda"), parameters(dtype, "cpu")
+    ours, peer = normal_parameters(SHAPES, dtype, "cuda"), normal_parameters(SHAPES, dtype, "cpu")
     optimizers = [AdamW8bit(params, lr=1e-2, betas=(0.9, 0.99), **options) for params in (ours, peer)]
     for t in range(3):
         for params, optimizer in zip((ours, peer), optimizers):
-            give_gradients(params, t)
+            normal_gradients(params, t)
             optimizer.step()
         wrong = values = 0
         for p, q in zip(ours, peer):
@@ -62,23 +51,23 @@ def test_steps_are_those_of_the_cpu(dtype, options):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_gradient_touches_nothing(bad):
-    params = parameters(torch.bfloat16, "cuda")
+    params = normal_parameters(SHAPES, torch.bfloat16, "cuda")
     optimizer = AdamW8bit(params)
-    give_gradients(params, 0)
+    normal_gradients(params, 0)
     params[-1].grad[-1] = bad
     before = copy.deepcopy(params)
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert all(torch.equal(p, q) for p, q in zip(params, before))
-    give_gradients(params, 0)
+    normal_gradients(params, 0)
     optimizer.step()
     assert not torch.equal(params[0], before[0])
 
 
 def test_a_captured_step_is_a_step():
-    params, plain = (parameters(torch.bfloat16, "cuda") for _ in range(2))
+    params, plain = (normal_parameters(SHAPES, torch.bfloat16, "cuda") for _ in range(2))
     captured, expected = (AdamW8bit(list_, lr=1e-2, capturable=True) for list_ in (params, plain))
-    give_gradients(params, 0)
+    normal_gradients(params, 0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -89,7 +78,7 @@ def test_a_captured_step_is_a_step():
         captured.step()
     graph.replay()
     graph.replay()
-    give_gradients(plain, 0)
+    normal_gradients(plain, 0)
     for _ in range(3):
         expected.step()
     assert all(torch.equal(p, q) for p, q in zip(params, plain))

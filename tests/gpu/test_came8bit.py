@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import dtype_id, needs_gpu
+from helpers import dtype_id, needs_gpu, normal_gradients, normal_parameters
 
 from sana_ext import _extension
 from sana_ext.optim import CAME8bit
@@ -28,17 +28,6 @@ SHAPES = [
 ]
 
 
-def parameters(dtype, device):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
-
-
-def give_gradients(params, t):
-    generator = torch.Generator().manual_seed(t)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p)
-
-
 def test_the_compiled_kernel_answers():
     assert _extension.has_kernel("came8bit_step", "cuda")
 
@@ -50,11 +39,11 @@ def test_the_compiled_kernel_answers():
 )
 def test_steps_are_those_of_the_cpu(code, dtype, options):
     """From the CPU's state each time: parameters and statistics to rounding, at least 99.9 % of the bytes."""
-    ours, peer = parameters(dtype, "cuda"), parameters(dtype, "cpu")
+    ours, peer = normal_parameters(SHAPES, dtype, "cuda"), normal_parameters(SHAPES, dtype, "cpu")
     optimizers = [CAME8bit(params, 1e-2, code=code, min_8bit_size=100, **options) for params in (ours, peer)]
     for t in range(3):
         for params, optimizer in zip((ours, peer), optimizers):
-            give_gradients(params, t)
+            normal_gradients(params, t)
             optimizer.step()
         wrong = values = 0
         for p, q in zip(ours, peer):
@@ -76,9 +65,9 @@ def test_steps_are_those_of_the_cpu(code, dtype, options):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 def test_a_bad_gradient_touches_nothing(bad):
-    params = parameters(torch.bfloat16, "cuda")
+    params = normal_parameters(SHAPES, torch.bfloat16, "cuda")
     optimizer = CAME8bit(params, 1e-2)
-    give_gradients(params, 0)
+    normal_gradients(params, 0)
     optimizer.step()
     before = copy.deepcopy([params, [dict(optimizer.state[p]) for p in params]])
     params[-1].grad[-1] = bad
@@ -91,19 +80,19 @@ def test_a_bad_gradient_touches_nothing(bad):
 def test_two_runs_have_the_same_bits():
     runs = []
     for _ in range(2):
-        params = parameters(torch.bfloat16, "cuda")
+        params = normal_parameters(SHAPES, torch.bfloat16, "cuda")
         optimizer = CAME8bit(params, 1e-2)
         for t in range(3):
-            give_gradients(params, t)
+            normal_gradients(params, t)
             optimizer.step()
         runs.append([*params, *(v for p in params for v in optimizer.state[p].values())])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
 def test_a_captured_step_is_a_step():
-    params, plain = (parameters(torch.bfloat16, "cuda") for _ in range(2))
+    params, plain = (normal_parameters(SHAPES, torch.bfloat16, "cuda") for _ in range(2))
     captured, expected = (CAME8bit(list_, 1e-2, capturable=True, stochastic_rounding=True) for list_ in (params, plain))
-    give_gradients(params, 0)
+    normal_gradients(params, 0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -114,7 +103,7 @@ def test_a_captured_step_is_a_step():
         captured.step()
     graph.replay()
     graph.replay()
-    give_gradients(plain, 0)
+    normal_gradients(plain, 0)
     for _ in range(3):
         expected.step()
     assert all(torch.equal(p, q) for p, q in zip(params, plain))
