@@ -124,5 +124,6 @@ SIZES = {
         out_channels=16,
         caption_channels=128,
         sample_size=8,
+        interpolation_scale=1.0,  # relations between objects are learned much sooner
     ),
 }

@@ -104,20 +104,21 @@ class GemmaTextEncoder:
 
 
 class MiniTextEncoder(nn.Module):
-    """Words of the scenes' grammar through one transformer layer; trained together with the mini model.
+    """Words of the scenes' grammar through one transformer layer, applied `passes` times.
 
-    The empty prompt is one `<null>` token: the unconditional branch of guidance. Words outside the vocabulary are an error
+    A second pass lets a word see what the first has bound to its neighbours (which of two shapes is the left one). The
+    empty prompt is one `<null>` token: the unconditional branch of guidance. Words outside the vocabulary are an error
     (ValueError naming them), so that a typing mistake never becomes a wrong picture.
     """
 
     MAX_WORDS = 24
 
-    def __init__(self, vocabulary: list[str], width: int = 128, heads: int = 4) -> None:
+    def __init__(self, vocabulary: list[str], width: int = 128, heads: int = 4, passes: int = 1) -> None:
         super().__init__()
-        self.vocabulary, self.width, self.heads = list(vocabulary), width, heads
+        self.vocabulary, self.width, self.heads, self.passes = list(vocabulary), width, heads, passes
         self._index = {word: i + 2 for i, word in enumerate(self.vocabulary)}  # 0 pads, 1 is <null>
         self.words = nn.Embedding(len(self.vocabulary) + 2, width)
-        self.positions = nn.Parameter(torch.randn(self.MAX_WORDS, width) * 0.02)
+        self.positions = nn.Parameter(sinusoids(self.MAX_WORDS, width))  # as large as the words, so that order is seen
         self.layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.norm = nn.LayerNorm(width)
 
@@ -144,7 +145,9 @@ class MiniTextEncoder(nn.Module):
         """tokens [B, T] -> features [B, T, width], mask [B, T]."""
         mask = tokens != 0
         x = self.words(tokens) + self.positions[: tokens.shape[1]]
-        return self.norm(self.layer(x, src_key_padding_mask=~mask)), mask
+        for _ in range(self.passes):
+            x = self.layer(x, src_key_padding_mask=~mask)
+        return self.norm(x), mask
 
     def encode(self, prompts: list[str], *, negative: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         return self(self.tokens(prompts).to(self.positions.device))
@@ -152,7 +155,7 @@ class MiniTextEncoder(nn.Module):
     def save(self, folder: str | Path) -> None:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        config = {"vocabulary": self.vocabulary, "width": self.width, "heads": self.heads}
+        config = {"vocabulary": self.vocabulary, "width": self.width, "heads": self.heads, "passes": self.passes}
         (root / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         write_tensors({k: v.half().contiguous() for k, v in self.state_dict().items()}, root / "model.safetensors")
 
@@ -165,3 +168,10 @@ class MiniTextEncoder(nn.Module):
         except (TypeError, RuntimeError) as error:
             raise DataError(f"{root} does not fit its config: {' '.join(str(error).split())}") from None
         return encoder.eval()
+
+
+def sinusoids(count: int, width: int) -> torch.Tensor:
+    """[count, width], sines then cosines of the place, at frequencies from 1 down to 1/10000 (the Transformer's)."""
+    frequencies = 10_000.0 ** -(torch.arange(width // 2) / (width // 2))
+    angles = torch.arange(count)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)

@@ -146,9 +146,11 @@ def _optimizer(config: TrainConfig, parameters: list[dict[str, Any]]) -> torch.o
 
 
 def _task(config: TrainConfig, device: str) -> Task:
+    from .text_task import TextTask
     from .train_tasks import AutoencoderTask, TransformerTask
 
-    return {"autoencoder": AutoencoderTask, "transformer": TransformerTask}[config.task](config, device)
+    tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "transformer": TransformerTask}
+    return tasks[config.task](config, device)
 
 
 def _with_average(task: Task, average: Average, action: Any) -> Any:

@@ -17,8 +17,7 @@ class TransformerConfig:
 
     size: str = "mini"
     autoencoder: str = ""  # folder of the trained autoencoder
-    text_width: int = 128  # width of the mini text encoder
-    text_heads: int = 4
+    text_encoder: str = ""  # folder of a trained one, which stays as it is; "": trained along, from scratch
     flow_shift: float = 3.0
     caption_drop: float = 0.1  # part of the prompts replaced by the empty one, for guidance
     gradient_checkpointing: bool = False
@@ -33,6 +32,15 @@ class TransformerConfig:
 
 
 @dataclass
+class TextConfig:
+    """The mini text encoder: of the `text` task, and of a transformer that has none yet."""
+
+    width: int = 128
+    heads: int = 4
+    passes: int = 2  # times that its one layer is applied
+
+
+@dataclass
 class AutoencoderConfig:
     """Loss of the `autoencoder` task: mean absolute error plus its like on the picture's differences."""
 
@@ -44,7 +52,7 @@ class AutoencoderConfig:
 class TrainConfig:
     """One training run; `sana15 train FILE key=value ...`."""
 
-    task: str = "transformer"  # transformer | autoencoder
+    task: str = "transformer"  # transformer | autoencoder | text
     out: str = "runs/mini"
     seed: int = 0
     steps: int = 20000
@@ -70,11 +78,12 @@ class TrainConfig:
     sample_guidance: float = 4.5  # with the interval: of the samples, and the exported model's own
     sample_guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
     def __post_init__(self) -> None:
         for name, allowed in {
-            "task": ("transformer", "autoencoder"),
+            "task": ("transformer", "autoencoder", "text"),
             "schedule": ("constant", "cosine", "decay"),
             "optimizer": ("adamw", "adamw8bit", "came8bit", "came"),
             "precision": ("fp32", "bf16"),
