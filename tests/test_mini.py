@@ -9,7 +9,7 @@ import torch
 from sana15 import Pipeline
 from sana15.pipeline import MINI
 from sana15.scenes.checker import check
-from sana15.scenes.testset import load as test_set
+from sana15.scenes.testset import load as load_test_set
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_is_what_was_asked_for(mini):
 
 def test_pictures_show_what_the_prompts_ask_for(mini):
     """Far below the measured score, far above what a damaged model or a wrong sampler reaches."""
-    entries = [e for e in test_set() if e["tag"] in ("single_object", "colors", "two_object")][::6]
+    entries = [e for e in load_test_set() if e["tag"] in ("single_object", "colors", "two_object")][::6]
     pictures = mini([e["prompt"] for e in entries], seed=0, steps=12)
     right = [check(np.asarray(p[0]), e).correct for e, p in zip(entries, pictures)]
     assert len(right) >= 25
