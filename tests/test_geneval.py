@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sana15.cli import main
-from sana15.geneval import Judged, judge_folder, picture_path, write_metadata
+from sana15.geneval import Judged, judge_folder, metadata_path, picture_path, write_metadata
 from sana15.scenes.render import render
 from sana15.scenes.scene import sample_scene
 from sana15.scenes.spec import spec_from_metadata
@@ -56,6 +56,31 @@ def test_scores_of_a_folder(folder, lines, capsys, tmp_path):
     assert f"{13 / 16:.3f}" in printed
     assert main(["eval", str(folder), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == result  # the same bootstrap every time
+
+
+def test_two_runs_are_compared_prompt_by_prompt(folder, lines, capsys, tmp_path):
+    other = tmp_path / "other"
+    write_metadata(other, lines)
+    for index, line in enumerate(lines):
+        right = render(sample_scene(spec_from_metadata(line), Random(f"other {index}")))
+        Image.fromarray(right).save(picture_path(other, index, 0))  # all right, one picture each
+    scores = tmp_path / "scores.json"
+    assert main(["eval", str(folder), "--against", str(other), "--json", str(scores)]) == 0
+    printed = capsys.readouterr().out
+    assert "8 prompts, 2 pictures each" in printed
+    assert "8 prompts, 1 pictures each" in printed
+    result = json.loads(scores.read_text())["scores"]
+    two = result["two_object"]
+    assert [two[c]["value"] for c in ("first", "second", "difference")] == pytest.approx([7 / 8, 1.0, -1 / 8])
+    assert result["mean of categories"]["difference"]["value"] == pytest.approx(-3 / 16)
+    assert two["difference"]["low"] < -1 / 8 < two["difference"]["high"] == 0.0
+    assert f"{-3 / 16:+.3f}" in printed
+    assert main(["eval", str(folder), "--against", str(folder), "--json", "-"]) == 0
+    same = json.loads(capsys.readouterr().out)["scores"]["mean of prompts"]["difference"]
+    assert (same["low"], same["value"], same["high"]) == (0.0, 0.0, 0.0)  # whatever the prompts' own spread
+    metadata_path(other, 3).write_text(json.dumps(lines[0]) + "\n")
+    assert main(["eval", str(folder), "--against", str(other)]) == 2
+    assert "prompt 3 differs" in capsys.readouterr().err
 
 
 def judged(tag, correct, held_out=False):

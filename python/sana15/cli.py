@@ -35,6 +35,12 @@ def _search(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _curve(args: argparse.Namespace) -> None:
+    from .scaling.curve import run
+
+    run(args)
+
+
 def _eval(args: argparse.Namespace) -> None:
     from .evaluate import run
 
@@ -162,12 +168,19 @@ def parser() -> argparse.ArgumentParser:
     _sampling_options(search)
     search.set_defaults(run=_search)
 
+    curve = commands.add_parser(
+        "curve", help="score against pictures per prompt, from a search's folder: PNG and table"
+    )
+    curve.add_argument("folder", metavar="DIR", help="of a search for scenes that judged every candidate (best_of_n)")
+    curve.add_argument("--out", metavar="FILE", help="the PNG (default DIR/curve.png)")
+    _bootstrap_options(curve)
+    curve.set_defaults(run=_curve)
+
     evaluate = commands.add_parser("eval", help="score a folder of pictures in GenEval's layout")
     evaluate.add_argument("folder", metavar="DIR", help="what sana15 sample --prompts FILE --out DIR wrote")
-    evaluate.add_argument("--rule", default="strict", choices=("strict", "geneval"), help="the checker's rule")
+    evaluate.add_argument("--against", metavar="DIR", help="another run on the same prompts: the paired difference")
     evaluate.add_argument("--json", metavar="FILE", help="write scores and verdicts there; - for standard output")
-    evaluate.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    _bootstrap_options(evaluate)
     evaluate.set_defaults(run=_eval)
 
     grow = commands.add_parser("grow", help="a deeper model from a trained one, from folder to folder")
@@ -226,6 +239,12 @@ def parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
     return root
+
+
+def _bootstrap_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rule", default="strict", choices=("strict", "geneval"), help="the checker's rule")
+    command.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default 10000)")
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
 
 
 def _calibration_options(command: argparse.ArgumentParser) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from .files import replacing
-from .geneval import judge_folder
-from .scores import as_json, score_table, show
+from .geneval import Judged, judge_folder
+from .scores import as_json, compare, score_table, show, show_comparison
 
 
 def run(args: argparse.Namespace) -> None:
@@ -17,6 +18,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
     judged, settings = judge_folder(Path(args.folder), args.rule)
+    if args.against:
+        _compare(args, judged, settings)
+        return
     table = score_table(judged, args.seed, args.resamples)
     result = as_json(table, judged, settings | {"rule": args.rule, "resamples": args.resamples})
     if args.json == "-":
@@ -33,5 +37,27 @@ def run(args: argparse.Namespace) -> None:
     print()
     print(show(table, n))
     if args.json:
-        with replacing(Path(args.json)) as partial:
-            partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        _write(result, Path(args.json))
+
+
+def _write(result: dict[str, Any], path: Path) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def _compare(args: argparse.Namespace, judged: list[Judged], settings: dict[str, Any]) -> None:
+    """Both runs' scores and their paired difference."""
+    others, other_settings = judge_folder(Path(args.against), args.rule)
+    table = compare(judged, others, args.seed, args.resamples)
+    result = {
+        "settings": settings, "against": other_settings, "rule": args.rule, "resamples": args.resamples,
+        "scores": {row: {column: vars(score) for column, score in cells.items()} for row, cells in table.items()},
+    }  # fmt: skip
+    if args.json == "-":
+        print(json.dumps(result))
+        return
+    for name, folder, run in (("first", args.folder, judged), ("second", args.against, others)):
+        print(f"{name}: {folder}, {len(run)} prompts, {len(run[0].correct)} pictures each, rule {args.rule}")
+    print(f"\n{show_comparison(table)}")
+    if args.json:
+        _write(result, Path(args.json))

@@ -51,6 +51,30 @@ def score_table(judged: Sequence[Judged], seed: int = 0, resamples: int = RESAMP
     return {row: table[row] for row in (*CATEGORIES, "mean of categories", "mean of prompts") if row in table}
 
 
+def means(
+    values: Sequence[float], tags: Sequence[str], pictures: Sequence[int], rng: np.random.Generator, resamples: int
+) -> dict[str, Score]:
+    """Row -> Score of one value per prompt, such as its share of right pictures or a paired difference.
+
+    Rows: the categories that are there, "mean of categories", "mean of prompts". values, tags, pictures: by prompt.
+    """
+    table: dict[str, Score] = {}
+    middle, draws, weights = [], [], []
+    for category in [c for c in CATEGORIES if c in tags] + sorted(set(tags) - set(CATEGORIES)):
+        here = np.array([v for v, tag in zip(values, tags) if tag == category])
+        resampled = here[rng.integers(0, len(here), (resamples, len(here)))].mean(axis=1)
+        total = sum(count for count, tag in zip(pictures, tags) if tag == category)
+        table[category] = _score(here.mean(), resampled, len(here), total)
+        middle.append(here.mean())
+        draws.append(resampled)
+        weights.append(len(here))
+    if middle:
+        for row, w in (("mean of categories", np.ones(len(middle))), ("mean of prompts", np.array(weights))):
+            value, resampled = np.average(middle, weights=w), np.average(draws, axis=0, weights=w)
+            table[row] = _score(value, resampled, len(values), sum(pictures))
+    return table
+
+
 def _fill(
     table: dict[str, dict[str, Score]],
     column: str,
@@ -59,22 +83,35 @@ def _fill(
     rng: np.random.Generator,
     resamples: int,
 ) -> None:
-    means, draws, weights = [], [], []
-    total_pictures = sum(len(j.correct) for j in judged)
-    for category in CATEGORIES:
-        here = np.array([v for j, v in zip(judged, values) if j.tag == category])
-        if not len(here):
-            continue
-        resampled = here[rng.integers(0, len(here), (resamples, len(here)))].mean(axis=1)
-        pictures = sum(len(j.correct) for j in judged if j.tag == category)
-        table.setdefault(category, {})[column] = _score(here.mean(), resampled, len(here), pictures)
-        means.append(here.mean())
-        draws.append(resampled)
-        weights.append(len(here))
-    if means:
-        for row, w in (("mean of categories", np.ones(len(means))), ("mean of prompts", np.array(weights))):
-            value, resampled = np.average(means, weights=w), np.average(draws, axis=0, weights=w)
-            table.setdefault(row, {})[column] = _score(value, resampled, len(judged), total_pictures)
+    scores = means(values, [j.tag for j in judged], [len(j.correct) for j in judged], rng, resamples)
+    for row, score in scores.items():
+        table.setdefault(row, {})[column] = score
+
+
+def compare(
+    first: Sequence[Judged], second: Sequence[Judged], seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, dict[str, Score]]:
+    """Row -> column -> Score of two runs on the same prompts. Columns: "first", "second", "difference" (first - second).
+
+    The interval of the difference is that of the prompts' own differences: what makes a prompt hard for both runs cancels.
+
+    Raises:
+        ValueError: the prompts are not the same; the first that differs is named.
+    """
+    for i, (a, b) in enumerate(zip(first, second)):
+        if (a.prompt, a.tag) != (b.prompt, b.tag):
+            raise ValueError(
+                f"prompt {i} differs: {a.prompt!r} and {b.prompt!r}; only runs on the same prompts compare"
+            )
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} prompts; only runs on the same prompts compare")
+    rates = [[float(np.mean(j.correct)) for j in run] for run in (first, second)]
+    rng = np.random.default_rng(seed)
+    table: dict[str, dict[str, Score]] = {}
+    _fill(table, "first", first, rates[0], rng, resamples)
+    _fill(table, "second", second, rates[1], rng, resamples)
+    _fill(table, "difference", first, [a - b for a, b in zip(*rates)], rng, resamples)
+    return table
 
 
 def _score(value: float, resampled: NDArray[np.float64], prompts: int, pictures: int) -> Score:
@@ -93,14 +130,29 @@ def show(table: dict[str, dict[str, Score]], n: int) -> str:
             for name in ("seen", "held out", "any")[: len(titles) - 4]
         ]
         rows.append((row, str(score.prompts), f"{score.value:.3f}", f"{score.low:.3f} - {score.high:.3f}", *others))
+    return _aligned(titles, rows)
+
+
+def show_comparison(table: dict[str, dict[str, Score]]) -> str:
+    """Text of what compare returned: both scores, their difference and its interval."""
+    rows = []
+    for row, cells in table.items():
+        first, second, d = (cells[name] for name in ("first", "second", "difference"))
+        interval = f"{d.low:+.3f} - {d.high:+.3f}"
+        rows.append((row, str(d.prompts), f"{first.value:.3f}", f"{second.value:.3f}", f"{d.value:+.3f}", interval))
+    return _aligned(["category", "prompts", "first", "second", "difference", "95 % interval"], rows)
+
+
+def _aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of one width, the means below a rule of their own."""
     widths = [max(len(cell) for cell in column) for column in zip(titles, *rows)]
     lines = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
         for r in (titles, *rows)
     ]
     rule = "-" * len(lines[0])
-    means = sum(row.startswith("mean of") for row in table)
-    return "\n".join([lines[0], rule, *lines[1 : len(lines) - means], rule, *lines[len(lines) - means :]])
+    last = sum(row[0].startswith("mean of") for row in rows)
+    return "\n".join([lines[0], rule, *lines[1 : len(lines) - last], rule, *lines[len(lines) - last :]])
 
 
 def as_json(table: dict[str, dict[str, Score]], judged: Sequence[Judged], settings: dict[str, Any]) -> dict[str, Any]:

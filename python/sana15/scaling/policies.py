@@ -174,6 +174,19 @@ def expected_gains(scores: Sequence[NDArray[np.float64]], pick: int) -> NDArray[
     return np.array(gains)
 
 
+def stopped(scores: NDArray[np.float64], stop_at: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What `stop` does with recorded candidates, for pick 1: [prompts] how many it makes, and which one it picks.
+
+    scores: [prompts, n].
+    """
+    P, n = scores.shape
+    reached = np.maximum.accumulate(scores, axis=1) >= stop_at
+    made = np.full(P, n)
+    for looked in range(min(ROUND, n), n, ROUND):
+        made = np.where((made == n) & reached[:, looked - 1], looked, made)
+    return made, np.array([row[:m].argmax() for row, m in zip(scores, made)])
+
+
 def calibrate_stop(
     scores: NDArray[np.float64], correct: NDArray[np.float64], *, tolerance: float = 0.01
 ) -> tuple[float, float]:
@@ -187,15 +200,10 @@ def calibrate_stop(
     Returns:
         (stop_at, the mean number of pictures that stop makes with it).
     """
-    P, n = scores.shape
-    rows = np.arange(P)
+    rows = np.arange(len(scores))
     best = correct[rows, scores.argmax(1)].mean()
     for level in np.unique(scores):  # ascending
-        reached = np.maximum.accumulate(scores, axis=1) >= level
-        made = np.full(P, n)
-        for looked in range(min(ROUND, n), n, ROUND):
-            made = np.where((made == n) & reached[:, looked - 1], looked, made)
-        chosen = np.array([scores[i, :m].argmax() for i, m in enumerate(made)])
+        made, chosen = stopped(scores, level)
         if correct[rows, chosen].mean() >= best - tolerance:
             return float(level), float(made.mean())
     raise ValueError("no score reaches best-of-n")  # not with finite scores: at the highest, hardly anything stops
