@@ -1,111 +1,21 @@
-"""sana15.search: policies and their price, the ledger, resuming after kills, shards, judges that fail, the command."""
+"""sana15.search: policies and their price, the ledger, resuming after kills, shards, judges that fail."""
 
 import json
-import math
 import threading
 
 import numpy as np
 import pytest
 import torch
 from kill_search import Shade, digest, kill_and_compare
-from PIL import Image
+from search_fakes import PROMPTS, Comparing, Grey, Meter, Moody, best, grey, qualities, quality
 from tiny_pipeline import make
 
 import sana15
-from sana15.cli import main
 from sana15.files import DataError
-from sana15.judges import Verdict
 from sana15.pipeline import Pipeline
 from sana15.sampling import Seed
 from sana15.scaling.ledger import Ledger
 from sana15.scaling.policies import calibrate_stop, expected_gains
-
-
-class Grey:
-    """A generator whose pictures are one grey, their quality; a preview's is between it and a random one's."""
-
-    steps, can_pause = 8, True
-
-    def __init__(self):
-        self.started, self.finished, self.evaluated = [], [], 0
-
-    def check(self, prompts):
-        pass
-
-    def identity(self):
-        return {"model": "grey"}
-
-    def describe(self, item):
-        names = ("negative_prompt", "steps", "sampler", "guidance", "model", "version")
-        return dict.fromkeys(names, "") | {"prompt": item.prompt, "model_sha256": "", "candidate": item.candidate}
-
-    def evaluations(self, first, last):
-        return 2 * (last - first)
-
-    def start(self, prompts, seeds):
-        self.started.append([s.candidate for s in seeds])
-        return [(seed, 0) for seed in seeds]
-
-    def advance(self, state, to_step):
-        self.evaluated += sum(self.evaluations(step, to_step) for _, step in state)
-        return [(seed, to_step) for seed, _ in state]
-
-    def preview(self, state):
-        return [grey(0.5 * quality(s) + 0.5 * quality(Seed(*s[:2], s.candidate + 1000))) for s, _ in state]
-
-    def keep(self, state, indices):
-        return [state[i] for i in indices]
-
-    def finish(self, state):
-        state = self.advance(state, self.steps)
-        self.finished += [seed for seed, _ in state]
-        return [grey(quality(seed)) for seed, _ in state]
-
-
-def quality(seed):
-    return (seed.number() >> 30) % 250 / 250
-
-
-def grey(value):
-    return Image.new("RGB", (8, 8), (round(value * 250),) * 3)
-
-
-class Meter:
-    """Reads the grey; optionally compares, with a bias to what it sees first."""
-
-    name = "meter"
-
-    def __init__(self, sign=1):
-        self.sign, self.calls = sign, 0
-
-    def identity(self):
-        return {"judge": self.name, "sign": self.sign}
-
-    def judge(self, pictures, line):
-        self.calls += len(pictures)
-        values = [p.getpixel((0, 0))[0] / 250 for p in pictures]
-        return [Verdict(self.sign * v, v > 0.5, "seen") for v in values]
-
-
-class Comparing(Meter):
-    def __init__(self, bias=0.0):
-        super().__init__()
-        self.bias = bias
-
-    def prefer(self, a, b, line):
-        self.calls += 1
-        return a.getpixel((0, 0))[0] / 250 + self.bias > b.getpixel((0, 0))[0] / 250
-
-
-PROMPTS = ["one", "two", "three"]
-
-
-def qualities(prompt, n=16):
-    return [quality(Seed(0, prompt, c)) for c in range(n)]
-
-
-def best(prompt, n, pick):
-    return sorted(range(n), key=lambda c: -qualities(prompt, n)[c])[:pick]
 
 
 @pytest.fixture
@@ -303,23 +213,6 @@ def test_damaged_and_foreign_folders(go, tmp_path):
         go("else")
 
 
-class Moody(Meter):
-    """Fails on one prompt for as long as it is in the mood."""
-
-    def __init__(self, mood):
-        super().__init__()
-        self.mood = mood
-
-    def judge(self, pictures, line):
-        if line["prompt"] == "two" and self.mood:
-            if self.mood == "nonsense":
-                return [Verdict(math.nan)] * len(pictures)
-            if self.mood == "slow":
-                threading.Event().wait(0.5)
-            raise RuntimeError("no connection")
-        return super().judge(pictures, line)
-
-
 @pytest.mark.parametrize("mood", ["raise", "nonsense", "slow"])
 @pytest.mark.parametrize("policy", ["best_of_n", "bandit", "halving"])
 def test_a_judge_that_fails_loses_nothing(go, tmp_path, mood, policy):
@@ -386,71 +279,6 @@ def test_a_calibrated_threshold_costs_no_more_than_it_may():
     counts = [stopped(row) for row in range(200)]
     assert np.mean(counts) == pytest.approx(made)
     assert np.mean([correct[r, scores[r, :m].argmax()] for r, m in enumerate(counts)]) >= best_score - 0.02
-
-
-# The command, with our pipeline
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("tiny"))
-
-
-def test_the_command(model, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("a ring\ntwo stars\n")
-    command = ["search", "--prompts", str(tmp_path / "p.txt"), "--model", str(model), "--out", str(tmp_path / "out")]
-    command += ["--n", "4", "--pick", "2", "--judge", "scenes", "--steps", "2", "--guidance", "3", "--budget", "50"]
-    assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert "2 prompts, 8 pictures, 4 picked" in printed
-    assert "spent 40 of 50 units: 32 transformer evaluations, 8 judge calls" in printed
-    assert Image.open(tmp_path / "out/grid-000-of-001.png").width > 4 * 128
-    before = digest(tmp_path / "out")
-    assert main(command) == 0
-    assert digest(tmp_path / "out") == before
-    assert main(["eval", str(tmp_path / "out/picks")]) == 0
-    assert main([*command, "--seed", "1"]) == 2
-    assert "is another run: its seed differs" in capsys.readouterr().err
-    made = Pipeline.from_pretrained(model)(["a ring", "two stars"], n=4, steps=2, guidance=3.0, batch_size=4)
-    with Image.open(tmp_path / "out/candidates/00001/samples/0003.png") as picture:
-        assert np.array_equal(np.asarray(picture), np.asarray(made[1][3]))
-        assert json.loads(picture.info["sana15"])["candidate"] == 3
-
-
-def test_the_command_says_that_prompts_are_unjudged(model, tmp_path, capsys, monkeypatch):
-    from sana15.judges.scene import SceneJudge
-
-    (tmp_path / "p.txt").write_text("a ring\n")
-    command = ["search", "--prompts", str(tmp_path / "p.txt"), "--model", str(model), "--out", str(tmp_path / "out")]
-    command += ["--n", "2", "--pick", "1", "--judge", "scenes", "--steps", "1", "--attempts", "1"]
-    monkeypatch.setattr(SceneJudge, "judge", lambda *_: [])
-    assert main(command) == 4
-    assert "prompt 0 is unjudged: judge scenes failed 1 times" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert main(command) == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--shard", "1"], 2, "--shard must be I/N"),
-        (["--judge", "oracle"], 2, "unknown judge 'oracle'"),
-        (["--judge", "learned:nowhere"], 3, "holds no learned judge"),
-        (["--policy", "luck"], 2, "unknown policy"),
-        (["--steps", "0"], 2, "steps must be a positive integer"),
-    ],
-)
-def test_the_commands_mistakes(model, tmp_path, capsys, arguments, code, message):
-    (tmp_path / "p.txt").write_text("a ring\n")
-    command = ["search", "--prompts", str(tmp_path / "p.txt"), "--model", str(model), "--out", str(tmp_path / "out")]
-    assert (
-        main([*command, "--judge", "scenes", *arguments] if "--judge" not in arguments else [*command, *arguments])
-        == code
-    )
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_any_diffusers_pipeline(tmp_path):
