@@ -47,6 +47,12 @@ def _eval(args: argparse.Namespace) -> None:
     run(args)
 
 
+def _export(args: argparse.Namespace) -> None:
+    from .export import run
+
+    run(args)
+
+
 def _grow(args: argparse.Namespace) -> None:
     from .growth_files import run
 
@@ -177,11 +183,21 @@ def parser() -> argparse.ArgumentParser:
     curve.set_defaults(run=_curve)
 
     evaluate = commands.add_parser("eval", help="score a folder of pictures in GenEval's layout")
-    evaluate.add_argument("folder", metavar="DIR", help="what sana15 sample --prompts FILE --out DIR wrote")
+    evaluate.add_argument(
+        "folder", metavar="DIR", help="what sana15 sample --prompts FILE --out DIR wrote, or GenEval's results.jsonl"
+    )
     evaluate.add_argument("--against", metavar="DIR", help="another run on the same prompts: the paired difference")
     evaluate.add_argument("--json", metavar="FILE", help="write scores and verdicts there; - for standard output")
     _bootstrap_options(evaluate)
     evaluate.set_defaults(run=_eval)
+
+    export = commands.add_parser("export", help="a folder of pictures in the format of a benchmark's own program")
+    export.add_argument("format", choices=("geneval", "geneval2", "dpg", "t2icompbench", "hpsv2"))
+    export.add_argument("source", metavar="DIR", help="what sana15 sample --prompts or sana15 search (picks/) wrote")
+    export.add_argument("target", metavar="OUT", help="folder; must not exist")
+    export.add_argument("--prompts", metavar="DIR", help="the benchmark's own prompts, for dpg and hpsv2")
+    export.add_argument("--rule", default="strict", choices=("strict", "geneval"), help="of geneval's results.jsonl")
+    export.set_defaults(run=_export)
 
     grow = commands.add_parser("grow", help="a deeper model from a trained one, from folder to folder")
     grow.add_argument("source", metavar="SRC", help='"mini", a transformer folder or a pipeline folder')

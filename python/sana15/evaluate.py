@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import replacing
-from .geneval import Judged, judge_folder
+from .geneval import Judged, judge_folder, read_results
 from .scores import as_json, compare, score_table, show, show_comparison
 
 
@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
     if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
-    judged, settings = judge_folder(Path(args.folder), args.rule)
+    judged, settings = _judged(args.folder, args.rule)
     if args.against:
         _compare(args, judged, settings)
         return
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(result))
         return
     n = len(judged[0].correct)
-    print(f"{len(judged)} prompts, {n} pictures each, rule {args.rule}")
+    print(_words(args.folder, judged, args.rule))
     if "model" in settings:
         low, high = settings.get("guidance_interval", (0.0, 1.0))
         print(
@@ -45,9 +45,22 @@ def _write(result: dict[str, Any], path: Path) -> None:
         partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
+def _judged(source: str, rule: str) -> tuple[list[Judged], dict[str, Any]]:
+    """A folder of pictures, or GenEval's results.jsonl with verdicts that are taken as they are."""
+    path = Path(source)
+    return (read_results(path), {}) if path.suffix == ".jsonl" else judge_folder(path, rule)
+
+
+def _words(source: str, judged: list[Judged], rule: str) -> str:
+    counts = sorted({len(j.correct) for j in judged})
+    pictures = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    by = "verdicts of the file" if source.endswith(".jsonl") else f"rule {rule}"
+    return f"{len(judged)} prompts, {pictures} pictures each, {by}"
+
+
 def _compare(args: argparse.Namespace, judged: list[Judged], settings: dict[str, Any]) -> None:
     """Both runs' scores and their paired difference."""
-    others, other_settings = judge_folder(Path(args.against), args.rule)
+    others, other_settings = _judged(args.against, args.rule)
     table = compare(judged, others, args.seed, args.resamples)
     result = {
         "settings": settings, "against": other_settings, "rule": args.rule, "resamples": args.resamples,
@@ -57,7 +70,7 @@ def _compare(args: argparse.Namespace, judged: list[Judged], settings: dict[str,
         print(json.dumps(result))
         return
     for name, folder, run in (("first", args.folder, judged), ("second", args.against, others)):
-        print(f"{name}: {folder}, {len(run)} prompts, {len(run[0].correct)} pictures each, rule {args.rule}")
+        print(f"{name}: {folder}, {_words(folder, run, args.rule)}")
     print(f"\n{show_comparison(table)}")
     if args.json:
         _write(result, Path(args.json))

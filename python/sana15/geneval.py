@@ -92,7 +92,7 @@ class Judged:
     index: int
     prompt: str
     tag: str
-    held_out: bool
+    held_out: bool | None  # None: no scene, nothing was held out
     correct: tuple[bool, ...]  # by candidate
     reasons: tuple[str, ...]  # why not; empty where correct
 
@@ -104,8 +104,8 @@ def judge_folder(root: Path, rule: str = "strict") -> tuple[list[Judged], dict[s
         FileNotFoundError: no such folder, or prompts or pictures are missing (the first is named).
         DataError: a damaged picture or metadata line, or a picture of the wrong size.
     """
-    prompts = _folders(root)
-    names = [_candidates(root, index) for index in range(prompts)]
+    prompts = prompt_folders(root)
+    names = [candidates(root, index) for index in range(prompts)]
     n = max(map(len, names))
     lacking = [picture_path(root, i, len(found)) for i, found in enumerate(names) if len(found) < n]
     if n == 0 or lacking:
@@ -115,7 +115,7 @@ def judge_folder(root: Path, rule: str = "strict") -> tuple[list[Judged], dict[s
     judged = []
     shared: dict[str, Any] | None = None
     for index, paths in enumerate(names):
-        line = _read_metadata(metadata_path(root, index))
+        line = read_metadata(root, index)
         pixels = []
         for path in paths:
             picture, values = read_png(path)
@@ -134,7 +134,7 @@ def judge_folder(root: Path, rule: str = "strict") -> tuple[list[Judged], dict[s
     return judged, shared or {}
 
 
-def _folders(root: Path) -> int:
+def prompt_folders(root: Path) -> int:
     """The number of prompt folders, which must be 00000 and on without a gap."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder")
@@ -147,7 +147,7 @@ def _folders(root: Path) -> int:
     return max(numbers) + 1
 
 
-def _candidates(root: Path, index: int) -> list[Path]:
+def candidates(root: Path, index: int) -> list[Path]:
     """The pictures of a prompt: every numbered PNG in samples/, whatever its number of digits, up to the first gap."""
     folder = root / f"{index:05d}" / "samples"
     found = {int(p.stem): p for p in folder.glob("*.png") if re.fullmatch(r"\d+", p.stem)} if folder.is_dir() else {}
@@ -159,13 +159,47 @@ def _candidates(root: Path, index: int) -> list[Path]:
     return paths
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(root: Path, index: int) -> dict[str, Any]:
+    """The metadata line of a prompt. FileNotFoundError, DataError: it is missing, damaged."""
+    path = metadata_path(root, index)
     try:
         return _metadata(path.read_text(encoding="utf-8").strip(), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is damaged: {error}") from None
+
+
+def read_results(path: Path) -> list[Judged]:
+    """GenEval's results.jsonl: a row for each picture, judged by whoever wrote it. Prompts are told apart by their metadata.
+
+    Raises:
+        FileNotFoundError; DataError: a row without tag, prompt, metadata and a verdict, or none at all.
+    """
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = _metadata(line, f"{path}:{number}")
+        if not isinstance(row.get("correct"), bool) or not all(
+            isinstance(row.get(k), str) for k in ("tag", "metadata")
+        ):
+            raise DataError(f"{path}:{number}: no row of GenEval's results (tag, prompt, correct, metadata)")
+        prompts.setdefault(row["metadata"], []).append(row)
+    if not prompts:
+        raise DataError(f"{path} holds no results")
+    judged = []
+    for index, rows in enumerate(prompts.values()):
+        rows = sorted(rows, key=lambda row: str(row.get("filename", "")))
+        correct, reasons = zip(*((row["correct"], str(row.get("reason", ""))) for row in rows))
+        judged.append(Judged(index, rows[0]["prompt"], rows[0]["tag"], None, correct, reasons))
+    return judged
 
 
 def _shared(before: dict[str, Any] | None, values: dict[str, Any]) -> dict[str, Any]:

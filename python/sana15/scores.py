@@ -41,14 +41,14 @@ def score_table(judged: Sequence[Judged], seed: int = 0, resamples: int = RESAMP
     rng = np.random.default_rng(seed)
     columns = {
         "all": list(judged),
-        "seen": [j for j in judged if not j.held_out],
+        "seen": [j for j in judged if j.held_out is False],
         "held out": [j for j in judged if j.held_out],
     }
     table: dict[str, dict[str, Score]] = {}
     for column, chosen in columns.items():
         _fill(table, column, chosen, [float(np.mean(j.correct)) for j in chosen], rng, resamples)
     _fill(table, "any", columns["all"], [float(any(j.correct)) for j in judged], rng, resamples)
-    return {row: table[row] for row in (*CATEGORIES, "mean of categories", "mean of prompts") if row in table}
+    return table
 
 
 def means(
