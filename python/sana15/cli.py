@@ -187,6 +187,16 @@ def parser() -> argparse.ArgumentParser:
         "folder", metavar="DIR", help="what sana15 sample --prompts FILE --out DIR wrote, or GenEval's results.jsonl"
     )
     evaluate.add_argument("--against", metavar="DIR", help="another run on the same prompts: the paired difference")
+    evaluate.add_argument(
+        "--detector",
+        metavar="MODEL",
+        help="photos: a Mask2Former for COCO judges by GenEval's rules, into DIR/results.jsonl",
+    )
+    evaluate.add_argument(
+        "--clip",
+        metavar="MODEL",
+        help="that tells colours to --detector: open_clip:ViT-L-14:openai, or one of transformers",
+    )
     evaluate.add_argument("--json", metavar="FILE", help="write scores and verdicts there; - for standard output")
     _bootstrap_options(evaluate)
     evaluate.set_defaults(run=_eval)

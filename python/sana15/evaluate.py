@@ -17,6 +17,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
     if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    if args.detector:
+        args.folder = _detected(args)
     judged, settings = _judged(args.folder, args.rule)
     if args.against:
         _compare(args, judged, settings)
@@ -43,6 +45,20 @@ def run(args: argparse.Namespace) -> None:
 def _write(result: dict[str, Any], path: Path) -> None:
     with replacing(path) as partial:
         partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def _detected(args: argparse.Namespace) -> str:
+    """Writes GenEval's results.jsonl into the folder; returns its path."""
+    from .detector import ClipColors, Detector, photo_results
+    from .export import read_folder, results_line
+
+    root = Path(args.folder)
+    colors = ClipColors.load(args.clip) if args.clip else None
+    rows = photo_results(read_folder(root), Detector.load(args.detector), colors)
+    path = root / "results.jsonl"
+    with replacing(path) as partial:
+        partial.write_text("".join(results_line(row) for row in rows), encoding="utf-8")
+    return str(path)
 
 
 def _judged(source: str, rule: str) -> tuple[list[Judged], dict[str, Any]]:
