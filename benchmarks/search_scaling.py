@@ -33,6 +33,7 @@ from sana15.scores import Score, means
 
 SETS = 4  # disjoint sets of candidates per prompt, of the curve
 JUDGE = "learned"
+TOLERANCES = (0.01, 0.005, 0.0)  # what stopping may cost on the prompts that its threshold is calibrated on
 
 
 def preview_steps(steps: int) -> list[int]:
@@ -93,9 +94,9 @@ def shown(score: Score, sign: str = "") -> str:
 
 
 def stop_replayed(
-    scores: NDArray[np.float64], worth: NDArray[np.float64], n: int
+    scores: NDArray[np.float64], worth: NDArray[np.float64], n: int, tolerance: float = TOLERANCES[0]
 ) -> tuple[list[float], NDArray[np.float64], NDArray[np.float64]]:
-    """stop with at most n pictures, its threshold calibrated on the other half of the prompts.
+    """stop with at most n pictures, its threshold calibrated on the other half of the prompts to cost `tolerance` there.
 
     Args:
         scores, worth: [P, candidates].
@@ -109,7 +110,9 @@ def stop_replayed(
     for half in range(2):
         others, mine = np.arange(P) % 2 != half, np.flatnonzero(np.arange(P) % 2 == half)
         level, _ = calibrate_stop(
-            np.concatenate([scores[others][:, s] for s in sets]), np.concatenate([worth[others][:, s] for s in sets])
+            np.concatenate([scores[others][:, s] for s in sets]),
+            np.concatenate([worth[others][:, s] for s in sets]),
+            tolerance=tolerance,
         )
         levels.append(level)
         for s in sets:
@@ -120,17 +123,25 @@ def stop_replayed(
 
 
 def stop_table(recorded: Recorded, n: int) -> tuple[str, list[float]]:
-    levels, value, made = stop_replayed(recorded.finished[0], recorded.worth, n)
+    """Markdown, a row for each tolerance, and the thresholds of the first."""
     best = picked_worth(recorded.finished, recorded.worth, n, recorded.worth.shape[1] // n)
-    used = overall(made, recorded.tags)
     lines = [
-        f"| | best of {n} | stop at {levels[0]:.4f} / {levels[1]:.4f} | difference, paired | pictures of stop |",
+        f"Best of {n}: {shown(overall(best, recorded.tags))}.",
+        "",
+        f"| tolerance | threshold | stop | minus best of {n}, paired | pictures of stop |",
         "|---|---|---|---|---|",
-        f"| {OVERALL} | {shown(overall(best, recorded.tags))} | {shown(overall(value, recorded.tags))} | "
-        f"{shown(overall(value - best, recorded.tags), '+')} | {used.value:.1f} ({used.low:.1f} - {used.high:.1f}), "
-        f"{used.value / n:.0%} |",
     ]
-    return "\n".join(lines), levels
+    chosen: list[float] = []
+    for tolerance in TOLERANCES:
+        levels, value, made = stop_replayed(recorded.finished[0], recorded.worth, n, tolerance)
+        chosen = chosen or levels
+        used = overall(made, recorded.tags)
+        lines.append(
+            f"| {tolerance} | {levels[0]:.4f} / {levels[1]:.4f} | {shown(overall(value, recorded.tags))} | "
+            f"{shown(overall(value - best, recorded.tags), '+')} | {used.value:.1f} ({used.low:.1f} - {used.high:.1f}), "
+            f"{used.value / n:.0%} |"
+        )
+    return "\n".join(lines), chosen
 
 
 # halving
