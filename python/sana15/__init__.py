@@ -13,6 +13,7 @@ _HOMES = {
     "calibration": "trajectory",
     "grow": "growth",
     "grow_optimizer_state": "growth_training",
+    "prune": "pruning",
     "search": "scaling.search",
 }
 
@@ -24,6 +25,7 @@ __all__ = [
     "calibration",
     "grow",
     "grow_optimizer_state",
+    "prune",
     "search",
 ]
 

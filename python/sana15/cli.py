@@ -65,6 +65,12 @@ def _importance(args: argparse.Namespace) -> None:
     run(args)
 
 
+def _prune(args: argparse.Namespace) -> None:
+    from .pruning_files import run
+
+    run(args)
+
+
 def _convert(args: argparse.Namespace) -> None:
     import torch
 
@@ -240,6 +246,21 @@ def parser() -> argparse.ArgumentParser:
         "--no-loss", action="store_true", help="leave out the loss without each block, most of the time"
     )
     importance.set_defaults(run=_importance)
+
+    prune = commands.add_parser("prune", help="a shallower model from a trained one, from folder to folder")
+    prune.add_argument("source", metavar="SRC", help='"mini", a pipeline folder or a transformer folder')
+    prune.add_argument("target", metavar="DST", help="folder; must not exist")
+    prune.add_argument("--keep", type=int, metavar="K", help="blocks that stay")
+    prune.add_argument(
+        "--by", default="importance", metavar="NAME", help="importance (default), loss, search, learned or indices"
+    )
+    prune.add_argument("--importance", metavar="FILE", help="importance.json of SRC; else it is measured")
+    prune.add_argument(
+        "--indices", metavar="LIST", help="0,1,3 or a file: a JSON list, or a pruned folder's sana15.json"
+    )
+    prune.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB")
+    _calibration_options(prune)
+    prune.set_defaults(run=_prune)
 
     convert = commands.add_parser("convert", help="the authors' .pth or a diffusers folder to a diffusers folder")
     convert.add_argument(

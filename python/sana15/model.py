@@ -265,9 +265,11 @@ class SanaTransformer(nn.Module):
     Attributes:
         gradient_checkpointing: recompute each block in the backward instead of storing its activations.
         growth_map: of a model that sana15.grow made: for every block the source's block that it copies, None for a new one.
+        kept_blocks: of a model that sana15.prune made: the source's blocks that it consists of.
     """
 
     growth_map: list[int | None] | None = None
+    kept_blocks: list[int] | None = None
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()

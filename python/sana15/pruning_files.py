@@ -1,0 +1,128 @@
+"""`sana15 prune`: depth pruning from folder to folder, one tensor in memory at a time where nothing must be measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import parse_bytes
+from .files import DataError
+from .growth import grown_weights
+from .importance import Importance
+from .model_folders import SETTINGS, ModelFolder
+from .pipeline import Pipeline
+from .pruning import Choice, check_keep, choose, pruned_config
+from .trajectory import calibration, calibration_prompts
+
+
+def prune_folder(
+    source: str | Path,
+    target: str | Path,
+    *,
+    keep: int | None = None,
+    by: str = "importance",
+    importance: Importance | None = None,
+    indices: Sequence[int] | None = None,
+    prompts: str | None = None,
+    count: int = 100,
+    steps: int = 20,
+    seed: int = 0,
+    batch_size: int = 16,
+    shard_bytes: int | None = None,
+    **options: Any,
+) -> Choice:
+    """A pruned model from a transformer folder or a whole pipeline folder in diffusers' layout.
+
+    Other parts of a pipeline are copied. The kept blocks are recorded under `pruning` in the target's sana15.json.
+
+    Args:
+        source: a folder; or "mini".
+        target: must not exist; it appears when everything is written.
+        keep, by, importance, indices, seed, options: as in sana15.prune. Without `importance` or `indices` the source must
+            be a pipeline: it is loaded and calibrated.
+        prompts, count, steps, batch_size: of the calibration, see sana15 importance.
+        shard_bytes: the most that a weights file may hold. Default: as the source's largest file, at least 5 GB.
+
+    Returns:
+        What was kept.
+
+    Raises:
+        ValueError: arguments that cannot be. FileNotFoundError, DataError: the source is bad. In every case the source is
+        untouched and the target is not there.
+    """
+    origin, target = ModelFolder(source), Path(target)
+    origin.check_target(target)
+    layers, weights = origin.config.num_layers, origin.weights()
+    if keep is not None:
+        check_keep(keep, layers)
+    model = batches = None
+    if indices is None and (importance is None or by in ("search", "learned")):
+        if not origin.pipeline:
+            raise ValueError(
+                f"{origin.root} is a transformer alone and cannot be calibrated; pass an importance or indices"
+            )
+        pipe = Pipeline.from_pretrained(origin.root)
+        model = pipe.transformer
+        chosen = calibration_prompts(pipe, prompts, count, seed)
+        batches = calibration(pipe, chosen, steps=steps, seed=seed, batch_size=batch_size)
+    choice = choose(
+        model, layers, keep, by, importance=importance, batches=batches, indices=indices, seed=seed, **options
+    )
+    config = pruned_config(origin.config, choice.kept)
+    settings = _recorded(origin.settings(), choice, layers)
+    pruned = grown_weights(weights, config, choice.kept, seed=0)
+    origin.rewrite(target, config, pruned, settings, shard_bytes=shard_bytes)
+    return choice
+
+
+def _recorded(settings: dict[str, Any], choice: Choice, layers: int) -> dict[str, Any]:
+    """The source's settings with the pruning, and its growth map with the blocks that are left."""
+    settings["pruning"] = {"by": choice.by, "source_layers": layers, "kept": choice.kept, "spent": choice.spent}
+    growth = settings.get("growth")
+    if isinstance(growth, dict) and isinstance(growth.get("map"), list) and len(growth["map"]) == layers:
+        growth["map"] = [growth["map"][i] for i in choice.kept]
+    return settings
+
+
+def read_indices(text: str) -> list[int]:
+    """Block numbers from "0,1,3", from a JSON list in a file, or from the sana15.json of a pruned folder (or the folder).
+
+    Raises:
+        ValueError: no such list; DataError: a file without one.
+    """
+    path = Path(text)
+    if path.is_dir():
+        path = path / SETTINGS
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            kept = values["pruning"]["kept"] if isinstance(values, dict) else values
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            raise DataError(f"{path} holds no list of block numbers and no pruning") from None
+        if not isinstance(kept, list):
+            raise DataError(f"{path} holds no list of block numbers and no pruning")
+        return kept
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--indices must be numbers as in 0,1,3 or a file, got {text!r}") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    """`sana15 prune`."""
+    options: dict[str, Any] = {}
+    if args.indices is None and args.keep is None:
+        raise ValueError("--keep says how many blocks stay")
+    choice = prune_folder(
+        args.source, args.target, keep=args.keep, by=args.by, seed=args.seed, prompts=args.prompts, count=args.count,
+        steps=args.steps, batch_size=args.batch_size,
+        importance=Importance.load(args.importance) if args.importance else None,
+        indices=read_indices(args.indices) if args.indices is not None else None,
+        shard_bytes=parse_bytes(args.shard_size) if args.shard_size else None, **options,
+    )  # fmt: skip
+    print(f"{args.target}: {len(choice.kept)} blocks kept by {choice.by}: {' '.join(map(str, choice.kept))}")
+    if choice.spent:
+        print(f"spent: {', '.join(f'{value} {name}' for name, value in choice.spent.items())}")

@@ -1,0 +1,88 @@
+"""Greedy search for the blocks to leave out: at each depth the block without which the model is best after a short healing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+from .healing import LR, flow_steps
+from .importance import batch_loss, chosen_blocks
+from .model import SanaTransformer
+from .pruning import Choice
+from .trajectory import CalibrationBatch
+
+Score = Callable[[list[int]], float]
+
+
+def greedy(layers: int, keep: int, candidates: int, quick: Score, slow: Score) -> list[int]:
+    """Removes one block after the other until `keep` are left.
+
+    Args:
+        candidates: at each depth so many removals with the lowest quick score get the slow one, and the lowest of those
+            wins; of equal ones the later block goes.
+        quick, slow: a score of kept blocks; lower is better.
+    """
+    kept = list(range(layers))
+    while len(kept) > keep:
+        removals = [[*kept[:i], *kept[i + 1 :]] for i in range(len(kept))]
+        removals.reverse()  # of equal ones the later block goes
+        best = sorted(removals, key=quick)[:candidates]
+        kept = best[0] if len(best) == 1 else min(best, key=slow)
+    return kept
+
+
+def search(
+    model: SanaTransformer,
+    batches: Sequence[CalibrationBatch],
+    keep: int,
+    *,
+    seed: int = 0,
+    candidates: int = 4,
+    heal_steps: int = 20,
+    lr: float = LR,
+    flow_shift: float = 3.0,
+) -> Choice:
+    """Greedy choice of blocks by the flow loss after `heal_steps` of healing.
+
+    One third of the batches' chunks is for the loss, the others for healing (all for both where there are fewer than three).
+    Healing always starts from the source's weights.
+
+    Args:
+        candidates: removals healed at each depth, those with the lowest loss unhealed.
+        heal_steps, lr, flow_shift: of each healing; flow_shift as in the pipeline.
+    """
+    if candidates < 1 or heal_steps < 0:
+        raise ValueError(f"candidates must be at least 1 and heal_steps 0, got {candidates} and {heal_steps}")
+    judged, healing = split(batches)
+    spent = {"healing steps": 0, "losses": 0}
+
+    def loss(small: SanaTransformer) -> float:
+        spent["losses"] += 1
+        total = sum(batch_loss(small, batch).double().sum().item() for batch in judged)
+        return total / sum(map(len, judged))
+
+    def healed(kept: list[int]) -> float:
+        small = copy.deepcopy(chosen_blocks(model, kept)).train()
+        groups = [{"params": list(small.parameters()), "lr": lr}]
+        scale = model.config.timestep_scale
+        flow_steps(small, groups, healing, heal_steps, seed=seed, flow_shift=flow_shift, timestep_scale=scale)
+        spent["healing steps"] += heal_steps
+        return loss(small.eval())
+
+    kept = greedy(model.config.num_layers, keep, candidates, lambda k: loss(chosen_blocks(model, k)), healed)
+    return Choice(kept, "search", spent)
+
+
+def split(batches: Sequence[CalibrationBatch]) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
+    """Every third chunk of prompts, and the others; all for both where there are fewer than three chunks.
+
+    Of the second only one batch of each chunk: healing needs their pictures, not their steps.
+    """
+    chunks = sorted({b.chunk for b in batches})
+    apart = len(chunks) >= 3
+    judged = [b for b in batches if not apart or chunks.index(b.chunk) % 3 == 2]
+    healing: dict[int, CalibrationBatch] = {}
+    for b in batches:
+        if not apart or chunks.index(b.chunk) % 3 != 2:
+            healing.setdefault(b.chunk, b)
+    return judged, list(healing.values())

@@ -1,0 +1,168 @@
+"""The strategies that learn or search: exact choices on hand-made cases, what they spend, healing in memory."""
+
+import pytest
+import torch
+from test_pruning import idle  # noqa: F401, a fixture
+
+import sana15
+from sana15.healing import Distillation, flow_steps
+from sana15.importance import chosen_blocks
+from sana15.pruning import choose
+from sana15.pruning_learned import groups_of
+from sana15.pruning_search import greedy, search, split
+
+
+def test_greedy_takes_what_is_best_after_healing_and_not_before():
+    """Quickly judged, 1 should go; judged slowly, 2. Then the best pair of what is left."""
+    quick = {(0, 2, 3): 1.0, (0, 1, 3): 1.1, (0, 1, 2): 1.2, (1, 2, 3): 9.0, (1, 3): 1, (0, 3): 2, (0, 1): 3}
+    slow = {(0, 2, 3): 5.0, (0, 1, 3): 4.0, (0, 1): 1, (0, 3): 3, (1, 3): 2}
+    asked = []
+
+    def ask(table, name):
+        return lambda kept: (asked.append((name, tuple(kept))), table[tuple(kept)])[1]
+
+    assert greedy(4, 2, 2, ask(quick, "quick"), ask(slow, "slow")) == [1, 3]
+    assert [kept for name, kept in asked if name == "slow"] == [(0, 2, 3), (0, 1, 3), (1, 3), (0, 3)]
+    assert greedy(4, 2, 3, ask(quick, "quick"), ask(slow | {(0, 1, 2): 6}, "slow")) == [0, 1]
+    asked.clear()
+    assert greedy(4, 2, 1, ask(quick | {(2, 3): 0, (0, 2): 1}, "quick"), ask(slow, "slow")) == [2, 3]
+    assert {name for name, _ in asked} == {"quick"}  # one candidate needs no second judgement
+    assert greedy(4, 4, 2, ask(quick, "quick"), ask(slow, "slow")) == [0, 1, 2, 3]
+
+
+def test_of_equal_removals_the_later_block_goes():
+    assert greedy(4, 2, 1, lambda kept: 0.0, lambda kept: 0.0) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "keep", "size", "expected"),
+    [
+        (12, 8, 4, [(0, 3, 2), (3, 6, 2), (6, 9, 2), (9, 12, 2)]),
+        (12, 6, 4, [(0, 4, 2), (4, 8, 2), (8, 12, 2)]),
+        (12, 6, 2, [(i, i + 2, 1) for i in range(0, 12, 2)]),
+        (12, 4, 4, [(0, 3, 1), (3, 6, 1), (6, 9, 1), (9, 12, 1)]),
+        (12, 7, 4, [(0, 4, 2), (4, 8, 2), (8, 12, 3)]),
+        (6, 4, 4, [(0, 3, 2), (3, 6, 2)]),
+        (5, 1, 4, [(0, 5, 1)]),
+        (60, 20, 4, [(i, i + 3, 1) for i in range(0, 60, 3)]),
+    ],
+)
+def test_groups(layers, keep, size, expected):
+    assert groups_of(layers, keep, size) == expected
+
+
+def test_groups_always_cover_all_blocks_and_keep_as_many_as_asked():
+    for layers in range(1, 25):
+        for keep in range(1, layers + 1):
+            for size in (1, 2, 4):
+                groups = groups_of(layers, keep, size)
+                assert [a for a, _, _ in groups] == [0, *(b for _, b, _ in groups[:-1])]
+                assert groups[-1][1] == layers
+                assert sum(n for _, _, n in groups) == keep
+                assert all(0 <= n <= b - a <= 1.5 * size + 1 for a, b, n in groups)
+
+
+# On the model of six blocks of which 1 and 4 do nothing
+
+
+def test_search_finds_the_idle_blocks_and_says_what_it_spent(idle):  # noqa: F811
+    model, batches = idle
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    choice = search(model, batches, 4, candidates=2, heal_steps=2, lr=1e-5)
+    assert choice.kept == [0, 2, 3, 5]
+    # Two depths, of 6 and 5 removals judged unhealed and two of each healed.
+    assert choice.spent == {"healing steps": 8, "losses": 6 + 5 + 4}
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    again = sana15.prune(model, 4, "search", batches=iter(batches), candidates=2, heal_steps=2, lr=1e-5)
+    assert again.kept_blocks == choice.kept
+    assert again.config.num_layers == 4
+
+
+def test_learned_finds_the_idle_blocks(idle):  # noqa: F811
+    model, batches = idle
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    choices = [
+        choose(model, 6, 4, "learned", batches=batches, steps=60, lr=1e-5, rank=2, odds_lr=0.3, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert [c.kept for c in choices] == [[0, 2, 3, 5]] * 3
+    assert choices[0] == choices[1]
+    assert choices[0].spent == {"learning steps": 60}
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("by", "options", "message"),
+    [
+        ("search", {"candidates": 0}, "candidates must be at least 1"),
+        ("learned", {"steps": 0}, "steps and rank must be at least 1"),
+        ("learned", {"group": 0}, "group must be at least 1"),
+    ],
+)
+def test_bad_options(idle, by, options, message):  # noqa: F811
+    model, batches = idle
+    with pytest.raises(ValueError, match=message):
+        sana15.prune(model, 4, by, batches=batches, **options)
+
+
+def test_a_third_of_the_prompts_is_for_judging(idle):  # noqa: F811
+    _, batches = idle
+    judged, healing = split(batches)
+    assert {b.chunk for b in judged} == {2}
+    assert [(b.chunk, b.step) for b in healing] == [(0, 0), (1, 0), (3, 0)]
+    judged, healing = split([b for b in batches if b.chunk < 2])
+    assert len(judged) == 4
+    assert len(healing) == 2
+
+
+def test_flow_steps_lower_the_loss_and_repeat(idle):  # noqa: F811
+    model, batches = idle
+    results = []
+    for _ in range(2):
+        small = sana15.prune(model, by="indices", indices=[0, 3, 5]).train()
+        distance = Distillation(small, model, [0, 3, 5])
+        groups = [{"params": list(small.parameters()), "lr": 1e-3}]
+        before = small.proj_out.weight.detach().clone()
+        flow_steps(small, groups, batches, 4, seed=1)
+        assert not torch.equal(before, small.proj_out.weight)
+        results.append((small.state_dict(), distance.loss().item()))
+    assert all(torch.equal(results[0][0][n], t) for n, t in results[1][0].items())
+
+
+# Distillation
+
+
+def test_distillation_compares_with_what_stood_before_the_next_kept_block(idle):  # noqa: F811
+    model, batches = idle
+    kept = [0, 3, 5]
+    small = sana15.prune(model, by="indices", indices=kept)
+    distance = Distillation(small, model, kept)
+    b = batches[0]
+    inputs = (b.latents, b.text, b.timestep, b.mask)
+    small(*inputs)
+    found = distance.loss()
+    ours, theirs = [], []
+    for m, to in ((small, ours), (model, theirs)):
+        fresh = chosen_blocks(m, range(len(m.transformer_blocks)))
+        hooks = [k.register_forward_hook(lambda _, i, o, to=to: to.append(o[0])) for k in fresh.transformer_blocks]
+        fresh(*inputs)
+        for hook in hooks:
+            hook.remove()
+    terms = []
+    for a, t in zip(ours, (theirs[2], theirs[4], theirs[5])):
+        keep = (t - t.mean()).abs() <= 3 * t.std()
+        assert not keep.all()  # something is masked
+        terms.append((a - t)[keep].square().mean() / t[keep].var())
+    assert found.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
+    found.backward()
+    assert small.transformer_blocks[0].ff.conv_point.weight.grad.any()
+    assert all(p.grad is None for p in model.parameters())
+    whole = sana15.prune(model, by="indices", indices=range(6))
+    same = Distillation(whole, model, range(6))
+    whole(*inputs)
+    assert same.loss().item() == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="not those of a model pruned from this teacher"):
+        Distillation(small, model, [0, 1])
