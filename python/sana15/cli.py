@@ -258,6 +258,24 @@ def parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--indices", metavar="LIST", help="0,1,3 or a file: a JSON list, or a pruned folder's sana15.json"
     )
+    prune.add_argument("--candidates", type=int, metavar="N", help="search: removals tried at each depth (default 4)")
+    prune.add_argument(
+        "--trial-steps", type=int, metavar="N", help="search: healing before each is judged (default 20)"
+    )
+    prune.add_argument("--learning-steps", type=int, metavar="N", help="learned: steps (default 200)")
+    prune.add_argument("--group", type=int, metavar="M", help="learned: neighbours that share their places (default 4)")
+    prune.add_argument("--rank", type=int, help="learned: of the changes that make up for missing blocks (default 8)")
+    prune.add_argument(
+        "--heal",
+        type=int,
+        nargs="?",
+        const=100,
+        metavar="STEPS",
+        help="train the pruned model on scenes (default 100 steps)",
+    )
+    prune.add_argument(
+        "--distill", type=float, default=0.0, metavar="W", help="of healing: weight of the source's features"
+    )
     prune.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB")
     _calibration_options(prune)
     prune.set_defaults(run=_prune)

@@ -1,18 +1,26 @@
-"""Healing after pruning, in memory: a few steps of training on calibration batches, and the distillation of features."""
+"""Healing after pruning: a few steps of training. In memory on calibration batches, or of a folder by sana15 train's loop."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import flow
+from .files import DataError
 from .model import SanaTransformer
+from .model_folders import SETTINGS, ModelFolder
 from .trajectory import CalibrationBatch
 
+STEPS = 100  # the paper's
 LR = 5e-4
+BATCH = 32
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
 
 
@@ -105,3 +113,73 @@ class Distillation:
             error = (ours.float() - theirs).square()[keep].mean()
             terms.append(error / theirs[keep].var().clamp_min(1e-12))
         return torch.stack(terms).mean()
+
+
+@dataclass(frozen=True)
+class Healing:
+    """Training after pruning.
+
+    Args:
+        steps: of training. lr, batch_size, seed: AdamW's; the rate falls to zero over the last fifth of the steps.
+        distill: weight of the distillation of the source's features, beside the flow loss; 0: without.
+    """
+
+    steps: int = STEPS
+    lr: float = LR
+    batch_size: int = BATCH
+    seed: int = 0
+    distill: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"healing takes at least one step of one picture, got {self.steps} of {self.batch_size}")
+        if not self.lr > 0 or not self.distill >= 0:
+            raise ValueError(f"healing's lr must be above 0 and distill at least 0, got {self.lr} and {self.distill}")
+
+
+def require_healable(text: Any) -> None:
+    """ValueError for a text encoder that rendered scenes cannot train a model for."""
+    from .text import MiniTextEncoder
+
+    if not isinstance(text, MiniTextEncoder):
+        raise ValueError("healing trains on rendered scenes: only models with the mini text encoder can be healed here")
+
+
+def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
+    """Trains the transformer of a pruned pipeline folder on rendered scenes, in place, by the loop of sana15 train.
+
+    The text encoder stays as it is. The run is written into a folder beside, which is removed.
+
+    Args:
+        folder: with the mini model's text encoder, its sana15.json says which blocks were kept.
+        teacher: the pipeline folder that it was pruned from.
+    """
+    from .pipeline import Pipeline
+    from .train import train
+    from .train_config import TrainConfig, TransformerConfig
+
+    pipe = Pipeline.from_pretrained(folder)
+    require_healable(pipe.text)
+    transformer = TransformerConfig(
+        autoencoder=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), start=str(folder),
+        flow_shift=pipe.flow_shift, teacher=str(teacher) if healing.distill else "", distill=healing.distill,
+    )  # fmt: skip
+    steps = healing.steps
+    with tempfile.TemporaryDirectory(dir=folder, prefix="healing-") as run:
+        config = TrainConfig(
+            out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=healing.lr,
+            warmup=max(1, steps // 10), schedule="decay", ema=0.9, save_every=steps, keep=1,
+            sample_every=steps + 1, sample_steps=1, transformer=transformer,
+        )  # fmt: skip
+        made = train(config)
+        shutil.rmtree(folder / "transformer")
+        shutil.move(made / "transformer", folder / "transformer")
+
+
+def kept_of(folder: Path) -> list[int]:
+    """The kept blocks in a pruned folder's sana15.json; DataError where there are none."""
+    pruning = ModelFolder(folder).settings().get("pruning")
+    kept = pruning.get("kept") if isinstance(pruning, dict) else None
+    if not isinstance(kept, list) or not all(type(i) is int for i in kept):
+        raise DataError(f"{folder / SETTINGS} does not say which blocks were kept")
+    return kept

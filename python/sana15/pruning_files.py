@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from .checkpoint import parse_bytes
 from .files import DataError
 from .growth import grown_weights
+from .healing import Healing, heal_folder, require_healable
 from .importance import Importance
 from .model_folders import SETTINGS, ModelFolder
 from .pipeline import Pipeline
@@ -28,10 +30,11 @@ def prune_folder(
     indices: Sequence[int] | None = None,
     prompts: str | None = None,
     count: int = 100,
-    steps: int = 20,
+    sampling_steps: int = 20,
     seed: int = 0,
     batch_size: int = 16,
     shard_bytes: int | None = None,
+    heal: Healing | None = None,
     **options: Any,
 ) -> Choice:
     """A pruned model from a transformer folder or a whole pipeline folder in diffusers' layout.
@@ -43,8 +46,9 @@ def prune_folder(
         target: must not exist; it appears when everything is written.
         keep, by, importance, indices, seed, options: as in sana15.prune. Without `importance` or `indices` the source must
             be a pipeline: it is loaded and calibrated.
-        prompts, count, steps, batch_size: of the calibration, see sana15 importance.
+        prompts, count, sampling_steps, batch_size: of the calibration, see sana15 importance.
         shard_bytes: the most that a weights file may hold. Default: as the source's largest file, at least 5 GB.
+        heal: how the pruned model is trained before the target appears; of pipelines with the mini text encoder.
 
     Returns:
         What was kept.
@@ -58,6 +62,10 @@ def prune_folder(
     layers, weights = origin.config.num_layers, origin.weights()
     if keep is not None:
         check_keep(keep, layers)
+    if heal is not None:
+        if not origin.pipeline:
+            raise ValueError(f"{origin.root} is a transformer alone and cannot be healed; it takes a whole pipeline")
+        require_healable(Pipeline.from_pretrained(origin.root).text)
     model = batches = None
     if indices is None and (importance is None or by in ("search", "learned")):
         if not origin.pipeline:
@@ -66,15 +74,25 @@ def prune_folder(
             )
         pipe = Pipeline.from_pretrained(origin.root)
         model = pipe.transformer
+        if by in ("search", "learned"):
+            options.setdefault("flow_shift", pipe.flow_shift)
         chosen = calibration_prompts(pipe, prompts, count, seed)
-        batches = calibration(pipe, chosen, steps=steps, seed=seed, batch_size=batch_size)
+        batches = calibration(pipe, chosen, steps=sampling_steps, seed=seed, batch_size=batch_size)
     choice = choose(
         model, layers, keep, by, importance=importance, batches=batches, indices=indices, seed=seed, **options
     )
     config = pruned_config(origin.config, choice.kept)
     settings = _recorded(origin.settings(), choice, layers)
     pruned = grown_weights(weights, config, choice.kept, seed=0)
-    origin.rewrite(target, config, pruned, settings, shard_bytes=shard_bytes)
+
+    def healed(whole: Path, transformer: Path) -> Path:
+        if heal is not None:
+            heal_folder(whole, origin.root, heal)
+        return whole
+
+    if heal is not None:
+        settings["pruning"]["healing"] = dataclasses.asdict(heal)
+    origin.rewrite(target, config, pruned, settings, shard_bytes=shard_bytes, finish=healed)
     return choice
 
 
@@ -111,18 +129,45 @@ def read_indices(text: str) -> list[int]:
         raise ValueError(f"--indices must be numbers as in 0,1,3 or a file, got {text!r}") from None
 
 
+#: The command's options of one strategy: its argument, and the strategy.
+STRATEGY_OPTIONS = {
+    "candidates": ("candidates", "search"),
+    "trial_steps": ("heal_steps", "search"),
+    "learning_steps": ("steps", "learned"),
+    "group": ("group", "learned"),
+    "rank": ("rank", "learned"),
+}
+
+
+def strategy_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the chosen strategy; ValueError for another's."""
+    options = {}
+    for flag, (name, strategy) in STRATEGY_OPTIONS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            if args.by != strategy:
+                raise ValueError(f"--{flag.replace('_', '-')} belongs to --by {strategy}")
+            options[name] = value
+    return options
+
+
 def run(args: argparse.Namespace) -> None:
     """`sana15 prune`."""
-    options: dict[str, Any] = {}
+    options = strategy_options(args)
     if args.indices is None and args.keep is None:
         raise ValueError("--keep says how many blocks stay")
+    if args.heal is None and args.distill:
+        raise ValueError("--distill belongs to --heal")
     choice = prune_folder(
         args.source, args.target, keep=args.keep, by=args.by, seed=args.seed, prompts=args.prompts, count=args.count,
-        steps=args.steps, batch_size=args.batch_size,
+        sampling_steps=args.steps, batch_size=args.batch_size,
         importance=Importance.load(args.importance) if args.importance else None,
         indices=read_indices(args.indices) if args.indices is not None else None,
-        shard_bytes=parse_bytes(args.shard_size) if args.shard_size else None, **options,
+        shard_bytes=parse_bytes(args.shard_size) if args.shard_size else None,
+        heal=None if args.heal is None else Healing(steps=args.heal, seed=args.seed, distill=args.distill), **options,
     )  # fmt: skip
     print(f"{args.target}: {len(choice.kept)} blocks kept by {choice.by}: {' '.join(map(str, choice.kept))}")
     if choice.spent:
         print(f"spent: {', '.join(f'{value} {name}' for name, value in choice.spent.items())}")
+    if args.heal is not None:
+        print(f"healed: {args.heal} steps of {Healing().batch_size} pictures")

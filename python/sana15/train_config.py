@@ -28,6 +28,8 @@ class TransformerConfig:
     new_lr: float = 1.0  # and for its new ones
     block_lr: list[float] = field(default_factory=list)  # or one number for every block
     freeze_old: int = 0  # copied blocks are not trained for this many steps
+    teacher: str = ""  # pipeline folder that `start` was pruned from; its features are a second loss
+    distill: float = 0.0  # weight of that loss
     compile: bool = False  # torch.compile the transformer: a minute or two at the start, then quicker steps
 
 

@@ -18,6 +18,7 @@ from .config import SanaConfig
 from .data import Batch, SceneBatches
 from .growth_files import recorded_map
 from .growth_training import block_groups, block_multipliers
+from .healing import Distillation, kept_of
 from .model import SanaTransformer
 from .pipeline import Pipeline
 from .scenes.checker import check
@@ -87,6 +88,18 @@ class TransformerTask:
         model.gradient_checkpointing = self.config.gradient_checkpointing
         self.module: nn.Module = nn.ModuleDict({"text": text, "transformer": model}).to(device)
         self.denoise = torch.compile(model) if self.config.compile else model
+        self.distillation = self._distillation(model)
+
+    def _distillation(self, model: SanaTransformer) -> Distillation | None:
+        c = self.config
+        if (c.distill > 0) != bool(c.teacher):
+            raise ValueError("transformer.teacher and a transformer.distill above 0 belong together")
+        if not c.teacher:
+            return None
+        if not c.start or c.compile:
+            raise ValueError("transformer.distill needs a pruned transformer.start, and does not go with compile")
+        teacher = load_transformer(Path(c.teacher) / "transformer").to(self.device)
+        return Distillation(model, teacher, kept_of(Path(c.start)))
 
     def _started(self, folder: Path) -> tuple[MiniTextEncoder, SanaTransformer]:
         """Both parts of a pipeline folder, and its growth map where it has one."""
@@ -132,7 +145,8 @@ class TransformerTask:
         if self.config.compile:  # the longest prompt differs from batch to batch: one compilation for all
             for tensor in (text, mask):
                 torch._dynamo.mark_dynamic(tensor, 1)
-        return flow.loss(lambda x, t: self.denoise(x, text, t, mask), x0, noise, sigma).mean()
+        loss = flow.loss(lambda x, t: self.denoise(x, text, t, mask), x0, noise, sigma).mean()
+        return loss if self.distillation is None else loss + self.config.distill * self.distillation.loss()
 
     def pipeline(self) -> Pipeline:
         return Pipeline(self.module["text"], self.module["transformer"], self.autoencoder, self.config.flow_shift)

@@ -1,0 +1,194 @@
+"""Healing of pruned models: the training of `sana15 prune --heal`, and the distillation beside it."""
+
+import json
+
+import pytest
+import torch
+
+import sana15
+from sana15 import pruning_files, pruning_search
+from sana15 import train as training
+from sana15.checkpoint import load_transformer
+from sana15.cli import main
+from sana15.files import DataError
+from sana15.healing import Distillation, Healing
+from sana15.importance import batch_loss
+from sana15.pipeline import MINI, Pipeline
+from sana15.pruning import Choice
+from sana15.pruning_files import prune_folder
+from sana15.train_config import load_config
+
+KEPT = [0, 1, 3, 4, 6, 8, 9, 11]
+QUICK = Healing(steps=2, batch_size=2)
+
+
+def weights(folder):
+    return load_transformer(folder / "transformer").state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def others(folder):
+    """Every file but the transformer's and the settings."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "sana15.json" and "transformer" not in path.parts
+    }
+
+
+def test_trains_the_transformer_and_nothing_else(tmp_path):
+    plain, healed, again, other = (tmp_path / name for name in ("plain", "healed", "again", "other"))
+    prune_folder("mini", plain, by="indices", indices=KEPT)
+    for folder, heal in ((healed, QUICK), (again, QUICK), (other, Healing(steps=2, batch_size=2, seed=1))):
+        prune_folder("mini", folder, by="indices", indices=KEPT, heal=heal)
+    assert not same(weights(plain), weights(healed))
+    assert same(weights(healed), weights(again))
+    assert not same(weights(healed), weights(other))
+    assert others(healed) == others(plain)
+    settings = json.loads((healed / "sana15.json").read_text())
+    assert settings["pruning"]["kept"] == KEPT
+    assert Healing(**settings["pruning"]["healing"]) == QUICK
+    assert settings["guidance"] == json.loads((MINI / "sana15.json").read_text())["guidance"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "healed", "other", "plain"]
+    Pipeline.from_pretrained(healed)("a red circle", steps=2)
+
+
+def test_lowers_the_loss_and_distillation_the_distance(tmp_path):
+    pipe = Pipeline.from_pretrained("mini")
+    batches = list(sana15.calibration(pipe, ["a red circle", "two blue stars", "a ring left of a heart"], steps=4))
+
+    def loss(folder):
+        model = load_transformer(folder / "transformer")
+        return sum(batch_loss(model, batch).double().mean().item() for batch in batches)
+
+    def distance(folder):
+        distillation = Distillation(model := load_transformer(folder / "transformer"), pipe.transformer, KEPT)
+        total = 0.0
+        for batch in batches:
+            with torch.no_grad():
+                model(batch.latents, batch.text, batch.timestep, batch.mask)
+            total += distillation.loss().item()
+        return total
+
+    folders = [tmp_path / name for name in ("plain", "healed", "distilled")]
+    for folder, heal in zip(folders, (None, Healing(25, batch_size=16), Healing(25, batch_size=16, distill=1.0))):
+        prune_folder("mini", folder, by="indices", indices=KEPT, heal=heal)
+    plain, healed, distilled = map(loss, folders)
+    assert healed < plain
+    assert distilled < plain
+    assert distance(folders[2]) < 0.9 * distance(folders[1])
+
+
+def test_distillation_of_the_source_itself_is_nothing():
+    """All blocks kept: no distance. Without the last block: that block's own change, over the variance."""
+    pipe = Pipeline.from_pretrained("mini")
+    batch = next(iter(sana15.calibration(pipe, ["a red circle"], steps=2)))
+    everything = list(range(12))
+    for kept in (everything, everything[:-1]):
+        student = sana15.prune(pipe.transformer, by="indices", indices=kept)
+        teacher = load_transformer(MINI / "transformer")
+        features: list[torch.Tensor] = []
+        hook = teacher.transformer_blocks[11].register_forward_hook(
+            lambda _, i, o, to=features: to.extend([i[0], o[0]])
+        )
+        distillation = Distillation(student, teacher, kept)
+        student(batch.latents, batch.text, batch.timestep, batch.mask)
+        found = distillation.loss().item()
+        hook.remove()
+        if kept == everything:
+            assert found == 0
+            continue
+        before, after = features[0], features[1]
+        keep = (after - after.mean()).abs() <= 3 * after.std()
+        last = (before - after).square()[keep].mean() / after[keep].var()
+        assert found == pytest.approx(last.item() / 11, rel=1e-4)
+
+
+def test_the_text_encoder_is_not_trained_along(tmp_path, monkeypatch):
+    """The target keeps its own: a transformer trained together with another would not fit."""
+    original = training.train
+
+    def watched(config):
+        made = original(config)
+        assert same(text_weights(made), text_weights(MINI))
+        return made
+
+    def text_weights(folder):
+        return Pipeline.from_pretrained(folder).text.state_dict()
+
+    monkeypatch.setattr(training, "train", watched)
+    prune_folder("mini", tmp_path / "out", by="indices", indices=KEPT, heal=QUICK)
+
+
+def test_an_interrupted_healing_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruning_files, "heal_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder("mini", tmp_path / "out", by="indices", indices=KEPT, heal=QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_search_and_learned_get_the_models_flow_shift(tmp_path, monkeypatch):
+    seen = {}
+
+    def search(model, batches, keep, **options):
+        seen.update(options)
+        return Choice(list(range(keep)), "search")
+
+    monkeypatch.setattr(pruning_search, "search", search)
+    assert main(["prune", "mini", str(tmp_path / "out"), "--keep", "8", "--by", "search", "--count", "1",
+                 "--steps", "2", "--candidates", "3", "--trial-steps", "7"]) == 0  # fmt: skip
+    assert seen == {
+        "flow_shift": Pipeline.from_pretrained("mini").flow_shift,
+        "seed": 0,
+        "candidates": 3,
+        "heal_steps": 7,
+    }
+    assert seen["flow_shift"] != 3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "8", "--candidates", "3"], "--candidates belongs to --by search"),
+        (["--keep", "8", "--by", "search", "--rank", "3"], "--rank belongs to --by learned"),
+        (["--keep", "8", "--distill", "1"], "--distill belongs to --heal"),
+        (["--indices", "0,1", "--by", "indices", "--heal", "0"], "at least one step"),
+        (["--indices", "0,1", "--by", "indices", "--heal", "--distill", "-1"], "distill at least 0"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, message, tmp_path, capsys):
+    assert main(["prune", "mini", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_transformer_alone_cannot_be_healed(tmp_path, capsys):
+    source = str(MINI / "transformer")
+    assert main(["prune", source, str(tmp_path / "out"), "--by", "indices", "--indices", "0,1", "--heal"]) == 2
+    assert "cannot be healed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["transformer.teacher=X"], "belong together"),
+        (["transformer.distill=1"], "belong together"),
+        ([f"transformer.teacher={MINI}", "transformer.distill=1"], "needs a pruned transformer.start"),
+        (
+            [f"transformer.teacher={MINI}", "transformer.distill=1", f"transformer.start={MINI}"],
+            "which blocks were kept",
+        ),
+    ],
+)
+def test_bad_training_options(options, message, tmp_path):
+    base = [f"out={tmp_path / 'run'}", "steps=1", "batch_size=1", f"transformer.autoencoder={MINI / 'vae'}"]
+    with pytest.raises((ValueError, DataError), match=message):
+        training.train(load_config(None, [*base, *options]))
