@@ -23,10 +23,6 @@ __device__ inline double total_of(double value, Shared<double> slots) {
   return total;
 }
 
-__device__ inline double hyper(const Came8bitLaunch& a, int64_t owner, int column) {
-  return load_global(a.hyper + owner * kCame8bitHyper + column);
-}
-
 __device__ inline float average(float old, float value, double beta) {
   return old * static_cast<float>(beta) + value * static_cast<float>(1 - beta);
 }
@@ -84,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) came8bit_after_kernel(Came8bitLaunch
     for (int32_t strip = 0; strip < t.strips; ++strip) sum += load_global(t.row_part + strip * t.B * t.R + item.at);
     sum /= static_cast<float>(t.C);
     store_global((a.phase == 0 ? t.w_row : t.w_res_row) + item.at, sum);
-    const double beta = hyper(a, owner, a.phase == 0 ? 3 : 4), eps = hyper(a, owner, a.phase == 0 ? 5 : 6);
+    const double beta = hyper64(a, owner, a.phase == 0 ? 3 : 4), eps = hyper64(a, owner, a.phase == 0 ? 5 : 6);
     const float old = load_global((a.phase == 0 ? t.second : t.res_row) + item.at);
     mean = sum, next = average(old, sum + static_cast<float>(eps), beta);
   }
@@ -146,14 +142,14 @@ __global__ void __launch_bounds__(kThreads) came8bit_before_kernel(Came8bitLaunc
   const Item item = item_of(t);
   if (item.at < 0) return;
   const bool one = a.phase == 1;
-  const double beta = hyper(a, owner, one ? 3 : 4), rows = hyper(a, owner, 12);
-  const auto eps = static_cast<float>(hyper(a, owner, one ? 5 : 6));
+  const double beta = hyper64(a, owner, one ? 3 : 4), rows = hyper64(a, owner, 12);
+  const auto eps = static_cast<float>(hyper64(a, owner, one ? 5 : 6));
   if (!item.rows) {
     float* col = (one ? t.col : t.res_col) + item.at;
     float* w = (one ? t.w_col : t.w_res_col) + item.at;
     const float next = average(load_global(col), load_global(w) / static_cast<float>(rows) + eps, beta);
     store_global(col, next);
-    store_global(w, 1.0f / sqrtf(next * static_cast<float>(hyper(a, owner, one ? 10 : 11))));
+    store_global(w, 1.0f / sqrtf(next * static_cast<float>(hyper64(a, owner, one ? 10 : 11))));
     return;
   }
   if (t.factored) {

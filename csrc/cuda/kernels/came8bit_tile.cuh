@@ -66,6 +66,8 @@ __device__ inline Piece piece_of(const Came8bitTensor& t, const Tile& tile, int6
   return piece;
 }
 
+// A hyperparameter of the launch's tensor `owner`. What is kept between steps is averaged with hyper64: 1 - beta in
+// fp32 is off by 1e-5 of itself.
 __device__ inline float hyper(const Came8bitLaunch& a, int owner, int column) {
   return static_cast<float>(load_global(a.hyper + static_cast<int64_t>(owner) * kCame8bitHyper + column));
 }
