@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_pipeline
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_growth import source
 from test_model import batch
 
@@ -15,7 +15,8 @@ from sana15.checkpoint import WEIGHTS
 from sana15.growth import block_of
 from sana15.growth_files import grow_folder
 from sana15.growth_training import block_groups, block_multipliers, set_learning_rates
-from sana15.train import train
+from sana15.train import _optimizer, _task, train
+from sana15.train_checkpoints import resume, take_over
 from sana15.train_config import load_config
 
 OPTIMIZERS = {
@@ -185,3 +186,57 @@ def test_training_from_a_grown_folder(tmp_path):
     (tmp_path / "big" / "sana15.json").write_text(json.dumps({"growth": {"map": [0, 1]}}))
     with pytest.raises(ValueError, match="must name a source block or null for each of the 4 blocks"):
         train(load_config(None, [*common, f"out={tmp_path / 'y'}"]))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "came8bit"])
+def test_a_run_takes_over_the_optimizer_states_of_the_run_before(kind, tmp_path):
+    src = tiny_pipeline.make(tmp_path / "src")
+    came = ["betas=[0.9, 0.999, 0.9999]"] if kind.startswith("came") else []
+    common = ["batch_size=4", "keep=3", "save_every=1", "sample_every=100", "sample_steps=1", "warmup=1", *came]
+    common += [f"transformer.autoencoder={src / 'vae'}", f"optimizer={kind}"]
+    first = [*common, "steps=2", f"transformer.start={src}", f"out={tmp_path / 'first'}"]
+    export = train(load_config(None, first))
+    grow_folder(export, tmp_path / "big", layers=4, keep=2, strategy="interleave")
+    takes = [f"transformer.start={tmp_path / 'big'}", f"transformer.start_run={tmp_path / 'first'}", "steps=1"]
+    second = load_config(None, [*common, *takes, "transformer.new_lr=2", f"out={tmp_path / 'second'}"])
+
+    task = _task(second, "cpu")
+    optimizer = _optimizer(second, task.groups())
+    take_over(tmp_path / "first", kind, optimizer, task.growth_map)
+    before = _task(load_config(None, first), "cpu")
+    source_optimizer = _optimizer(load_config(None, first), before.groups())
+    resume(tmp_path / "first", before.module, source_optimizer)
+    old, new = by_name(source_optimizer, before.module), by_name(optimizer, task.module)
+    assert task.growth_map == [0, None, None, 1]
+    for name, entry in new.items():
+        index, inner = block_of(name.removeprefix("transformer."))
+        copied = None if index is None else task.growth_map[index]
+        if index is not None and copied is None:
+            assert not entry, name
+            continue
+        assert entry, name
+        assert equal(entry, old[name if index is None else f"transformer.transformer_blocks.{copied}.{inner}"]), name
+
+    train(second)
+    state = load_file(tmp_path / "second" / "checkpoint-00000001" / "optimizer.safetensors")
+    assert {int(v.max()) for k, v in state.items() if k.endswith(".step")} == {1, 3}  # new ones and copied ones
+
+
+def test_optimizer_states_that_cannot_be_taken_over(tmp_path):
+    src = tiny_pipeline.make(tmp_path / "src")
+    common = ["batch_size=4", "sample_every=100", "sample_steps=1", "steps=1", f"transformer.autoencoder={src / 'vae'}"]
+    common += [f"transformer.start={src}"]
+    train(load_config(None, [*common, f"out={tmp_path / 'first'}"]))
+    takes = [*common, f"out={tmp_path / 'second'}", f"transformer.start_run={tmp_path / 'first'}"]
+    with pytest.raises(ValueError, match="was trained with adamw, this run with adamw8bit"):
+        train(load_config(None, [*takes, "optimizer=adamw8bit"]))
+    with pytest.raises(ValueError, match="holds no checkpoint of a run"):
+        train(load_config(None, [*common, f"out={tmp_path / 'x'}", f"transformer.start_run={src}"]))
+    with pytest.raises(ValueError, match=r"needs a transformer\.start"):
+        load_config(None, [f"transformer.start_run={tmp_path / 'first'}"])
+    checkpoint = next((tmp_path / "first").glob("checkpoint-*"))
+    weights = load_file(checkpoint / "weights.safetensors")
+    name = "transformer.transformer_blocks.0.ff.conv_point.weight"
+    save_file(weights | {name: weights[name][:-1].contiguous()}, checkpoint / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"conv_point.weight is \[.*, .*conv_point.weight is \["):
+        train(load_config(None, [*takes, f"out={tmp_path / 'y'}"]))

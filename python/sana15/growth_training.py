@@ -54,7 +54,7 @@ def grow_optimizer_state(
     result: dict[Any, Any] = {}
     for group in _named(new_groups, None, "the target"):
         for name, key in group.items():
-            source = _source_of(name, growth_map)
+            source = source_name(name, growth_map)
             if source in sources and sources[source] in state["state"]:
                 entry = state["state"][sources[source]]
                 result[key] = {  # cloned: copies of one block must not share their state
@@ -91,7 +91,7 @@ def _named(groups: Sequence[dict[str, Any]], names: Sequence[str] | None, what: 
     return named
 
 
-def _source_of(name: str, growth_map: Sequence[int | None]) -> str | None:
+def source_name(name: str, growth_map: Sequence[int | None]) -> str | None:
     """The source's name of a grown model's parameter; None in a new block."""
     match = NAME.fullmatch(name)
     if match is None:

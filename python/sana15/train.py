@@ -12,15 +12,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -28,6 +25,7 @@ import sana_ext.optim
 
 from .data import Batch, scene_batches
 from .growth_training import set_learning_rates
+from .train_checkpoints import resume, save, take_over
 from .train_config import TrainConfig, load_config
 
 
@@ -91,7 +89,10 @@ def train(config: TrainConfig) -> Path:
     parameters = [p for p in task.module.parameters() if p.requires_grad]
     optimizer = _optimizer(config, task.groups())
     average = Average(task.module, config.ema)
-    first = resume(out, task.module, average, optimizer)
+    first, averaged = resume(out, task.module, optimizer)
+    average.values = averaged or average.values
+    if not first and config.task == "transformer" and config.transformer.start_run:
+        take_over(Path(config.transformer.start_run), config.optimizer, optimizer, task.growth_map)
     log = MetricsLog(out, first)
     bar = tqdm(total=config.steps, initial=first, desc=config.task, unit="step", disable=None)
     begin, seen = time.perf_counter(), 0
@@ -126,7 +127,7 @@ def train(config: TrainConfig) -> Path:
             begin, seen = time.perf_counter(), 0
             total.zero_()
         if done % config.save_every == 0 or done == config.steps:
-            save(out, done, task.module, average, optimizer, config.keep)
+            save(out, done, task.module, average.values, optimizer, config.keep)
         if done % config.sample_every == 0 or done == config.steps:
             log.write(done, _with_average(task, average, lambda done=done: task.sample(out / "samples", done)))
             begin = time.perf_counter()
@@ -211,43 +212,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf  # a line cut off by a crash
-
-
-# Checkpoints: out/checkpoint-00001000/{weights,average,optimizer}.safetensors, renamed into place when complete.
-
-
-def save(
-    out: Path, step: int, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer, keep: int
-) -> None:
-    partial = out / "checkpoint.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    state = optimizer.state_dict()["state"]
-    flat = {
-        f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
-    }
-    for name, tensors in (("weights", module.state_dict()), ("average", average.values), ("optimizer", flat)):
-        save_file(
-            {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, partial / f"{name}.safetensors"
-        )
-    target = out / f"checkpoint-{step:08d}"
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    for old in sorted(out.glob("checkpoint-*"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def resume(out: Path, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> int:
-    """Loads the newest checkpoint; returns the steps done (0 for a fresh run)."""
-    found = sorted(out.glob("checkpoint-*"))
-    if not found:
-        return 0
-    device = next(module.parameters()).device
-    module.load_state_dict(load_file(found[-1] / "weights.safetensors"))
-    average.values = {k: v.to(device) for k, v in load_file(found[-1] / "average.safetensors").items()}
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(found[-1] / "optimizer.safetensors").items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(found[-1].name.rpartition("-")[2])

@@ -24,6 +24,7 @@ class TransformerConfig:
     start: str = (
         ""  # pipeline folder to start from, such as `sana15 grow` makes; its sizes take the place of those above
     )
+    start_run: str = ""  # folder of the run that `start` comes from: its optimizer states are taken over
     old_lr: float = 1.0  # of a grown model: times the learning rate, for its copied blocks
     new_lr: float = 1.0  # and for its new ones
     block_lr: list[float] = field(default_factory=list)  # or one number for every block
@@ -31,6 +32,10 @@ class TransformerConfig:
     teacher: str = ""  # pipeline folder that `start` was pruned from; its features are a second loss
     distill: float = 0.0  # weight of that loss
     compile: bool = False  # torch.compile the transformer: a minute or two at the start, then quicker steps
+
+    def __post_init__(self) -> None:
+        if self.start_run and not self.start:
+            raise ValueError("transformer.start_run needs a transformer.start")
 
 
 @dataclass
