@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sana15.files import replacing
-from sana15.healing import Healing
+from sana15.healing import DISTILL, Healing
 from sana15.importance import Importance, block_importance
 from sana15.pipeline import MINI, Pipeline
 from sana15.pruning import STRATEGIES, choose
@@ -69,7 +69,7 @@ def cell(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -> 
     work = Path(tempfile.mkdtemp(dir=out, prefix=f"{by}-{keep}-{seed}-"))
     try:
         result: dict[str, Any] = {"kept": kept}
-        for name, heal in (("pruned", None), ("healed", Healing(args.heal, seed=seed))):
+        for name, heal in (("pruned", None), ("healed", Healing(args.heal, seed=seed, distill=args.distill))):
             prune_folder("mini", work / name, by="indices", indices=kept, heal=heal)
             result[name] = worth(work / name, args)
     finally:
@@ -121,7 +121,7 @@ def report(out: Path, args: argparse.Namespace) -> str:
     whole = np.array(json.loads((out / "whole.json").read_text()))
     lines = [
         f"{len(tags)} prompts (every {args.every}th of the test set), {args.n} pictures each, {args.steps} steps; healing: "
-        f"{args.heal} steps. Before pruning: {overall(whole, tags):.3f}.",
+        f"{args.heal} steps, distillation {args.distill:g}. Before pruning: {overall(whole, tags):.3f}.",
         "",
         "| blocks | by | seeds | pruned | healed | lost | part of it recovered |",
         "|---" * 7 + "|",
@@ -149,6 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--count", type=int, default=100, help="calibration prompts")
     parser.add_argument("--heal", type=int, default=100, help="steps of healing")
+    parser.add_argument(
+        "--distill",
+        type=float,
+        default=DISTILL,
+        help="weight of distillation in healing; another OUT for another weight",
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="one cell of each strategy, little of everything: does it run?"
     )

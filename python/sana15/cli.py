@@ -274,7 +274,10 @@ def parser() -> argparse.ArgumentParser:
         help="train the pruned model on scenes (default 100 steps)",
     )
     prune.add_argument(
-        "--distill", type=float, default=0.0, metavar="W", help="of healing: weight of the source's features"
+        "--distill",
+        type=float,
+        metavar="W",
+        help="of healing: weight of the source's features (default 30; 0: without)",
     )
     prune.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB")
     _calibration_options(prune)

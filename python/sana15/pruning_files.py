@@ -12,7 +12,7 @@ from typing import Any
 from .checkpoint import parse_bytes
 from .files import DataError
 from .growth import grown_weights
-from .healing import Healing, heal_folder, require_healable
+from .healing import DISTILL, Healing, heal_folder, require_healable
 from .importance import Importance
 from .model_folders import SETTINGS, ModelFolder
 from .pipeline import Pipeline
@@ -156,18 +156,21 @@ def run(args: argparse.Namespace) -> None:
     options = strategy_options(args)
     if args.indices is None and args.keep is None:
         raise ValueError("--keep says how many blocks stay")
-    if args.heal is None and args.distill:
+    if args.heal is None and args.distill is not None:
         raise ValueError("--distill belongs to --heal")
+    heal = None
+    if args.heal is not None:
+        heal = Healing(steps=args.heal, seed=args.seed, distill=DISTILL if args.distill is None else args.distill)
     choice = prune_folder(
         args.source, args.target, keep=args.keep, by=args.by, seed=args.seed, prompts=args.prompts, count=args.count,
         sampling_steps=args.steps, batch_size=args.batch_size,
         importance=Importance.load(args.importance) if args.importance else None,
         indices=read_indices(args.indices) if args.indices is not None else None,
         shard_bytes=parse_bytes(args.shard_size) if args.shard_size else None,
-        heal=None if args.heal is None else Healing(steps=args.heal, seed=args.seed, distill=args.distill), **options,
+        heal=heal, **options,
     )  # fmt: skip
     print(f"{args.target}: {len(choice.kept)} blocks kept by {choice.by}: {' '.join(map(str, choice.kept))}")
     if choice.spent:
         print(f"spent: {', '.join(f'{value} {name}' for name, value in choice.spent.items())}")
-    if args.heal is not None:
-        print(f"healed: {args.heal} steps of {Healing().batch_size} pictures")
+    if heal is not None:
+        print(f"healed: {heal.steps} steps of {heal.batch_size} pictures, distillation {heal.distill:g}")

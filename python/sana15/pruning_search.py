@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 
-from .healing import LR, flow_steps
+from .healing import PLAIN_LR, flow_steps
 from .importance import batch_loss, chosen_blocks
 from .model import SanaTransformer
 from .pruning import Choice
@@ -39,7 +39,7 @@ def search(
     seed: int = 0,
     candidates: int = 4,
     heal_steps: int = 20,
-    lr: float = LR,
+    lr: float = PLAIN_LR,
     flow_shift: float = 3.0,
 ) -> Choice:
     """Greedy choice of blocks by the flow loss after `heal_steps` of healing.
