@@ -20,7 +20,7 @@ from .trajectory import CalibrationBatch
 
 STEPS = 100  # the paper's
 BATCH = 64
-DISTILL = 30.0
+DISTILL = 10.0
 LR, PLAIN_LR = 2e-3, 5e-4  # with distillation, and without: measured on the mini model, docs/pruning.md
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
 
