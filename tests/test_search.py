@@ -55,8 +55,9 @@ def test_tournament_asks_in_both_orders_and_disagreement_is_a_tie(go):
     assert [f.picked for f in result.found] == [best(p, 16, 1) for p in range(3)]
     assert judge.calls == 3 * 2 * 15 == result.spent.judge_calls
     assert result.scores == [[None]] * 3
-    biased = go("biased", policy="tournament", pick=1, judge=Comparing(bias=2.0))[0]
-    assert [f.picked for f in biased.found] == [[0]] * 3  # it always prefers the first: all ties, the earlier goes on
+    for name, bias in (("first", 2.0), ("second", -2.0)):  # it prefers the one at that place: all ties, the earlier goes on
+        biased = go(name, policy="tournament", pick=1, judge=Comparing(bias=bias))[0]
+        assert [f.picked for f in biased.found] == [[0]] * 3
 
 
 def test_stop_makes_no_more_than_it_needs(go):
