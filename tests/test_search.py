@@ -55,7 +55,8 @@ def test_tournament_asks_in_both_orders_and_disagreement_is_a_tie(go):
     assert [f.picked for f in result.found] == [best(p, 16, 1) for p in range(3)]
     assert judge.calls == 3 * 2 * 15 == result.spent.judge_calls
     assert result.scores == [[None]] * 3
-    for name, bias in (("first", 2.0), ("second", -2.0)):  # it prefers the one at that place: all ties, the earlier goes on
+    # It prefers whatever it sees at that place: all ties, the earlier goes on.
+    for name, bias in (("first", 2.0), ("second", -2.0)):
         biased = go(name, policy="tournament", pick=1, judge=Comparing(bias=bias))[0]
         assert [f.picked for f in biased.found] == [[0]] * 3
 
@@ -197,6 +198,11 @@ def test_damaged_and_foreign_folders(go, tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], "{broken\n", *lines[3:]]))
     with pytest.raises(DataError, match=r"ledger-000-of-001.jsonl:4 is damaged"):
+        go()
+    swapped = [line.replace('"batch": [0, 1', '"batch": [1, 0') for line in lines]
+    assert swapped != lines
+    path.write_text("".join(swapped))
+    with pytest.raises(DataError, match=r"candidate \d+ of prompt 0 was made in another batch"):
         go()
     path.write_text('{"kind": "image", "prompt": 77}\n')
     with pytest.raises(DataError, match="speaks of prompt 77"):
