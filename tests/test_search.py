@@ -199,7 +199,7 @@ def test_damaged_and_foreign_folders(go, tmp_path):
     path.write_text("".join([*lines[:3], "{broken\n", *lines[3:]]))
     with pytest.raises(DataError, match=r"ledger-000-of-001.jsonl:4 is damaged"):
         go()
-    swapped = [line.replace('"batch": [0, 1', '"batch": [1, 0') for line in lines]
+    swapped = [line.replace('"batch": [0]', '"batch": [0, 1]') for line in lines]
     assert swapped != lines
     path.write_text("".join(swapped))
     with pytest.raises(DataError, match=r"candidate \d+ of prompt 0 was made in another batch"):
