@@ -93,6 +93,13 @@ def test_bandit_gives_more_to_prompts_that_need_it(go):
     assert gains[1] > gains[0] > 0
 
 
+def test_bandit_spends_the_next_round_where_it_is_likely_to_gain_most(go):
+    first = [np.array([round(q * 250) / 250 for q in qualities(p)[:4]]) for p in range(3)]
+    favourite = int(np.argmax(expected_gains(first, 1)))
+    result, _, _ = go(policy="bandit", pick=1, budget=16 * 17)  # a round for each of three prompts, and one more
+    assert [f.made for f in result.found] == [8 if p == favourite else 4 for p in range(3)]
+
+
 @pytest.mark.parametrize("policy", ["best_of_n", "tournament", "stop", "halving", "bandit"])
 @pytest.mark.parametrize("budget", [160, 205, 411, 700, 1500])
 def test_the_budget_is_never_exceeded_and_what_is_spent_is_true(go, policy, budget):
