@@ -96,7 +96,7 @@ def test_bandit_gives_more_to_prompts_that_need_it(go):
 def test_bandit_spends_the_next_round_where_it_is_likely_to_gain_most(go):
     first = [np.array([round(q * 250) / 250 for q in qualities(p)[:4]]) for p in range(3)]
     favourite = int(np.argmax(expected_gains(first, 1)))
-    result, _, _ = go(policy="bandit", pick=1, budget=16 * 17)  # a round for each of three prompts, and one more
+    result, _, _ = go(policy="bandit", pick=1, budget=3 * 91)  # a round of 4 * 17 for each, one more
     assert [f.made for f in result.found] == [8 if p == favourite else 4 for p in range(3)]
 
 
