@@ -199,6 +199,28 @@ def test_a_lost_picture_is_made_again_and_must_be_the_same(go, tmp_path):
         go(generator=Other())
 
 
+def test_a_resumed_run_has_the_threads_that_it_was_begun_with(go):
+    seen = []
+
+    class Counting(Meter):
+        def judge(self, pictures, line):
+            seen.append(torch.get_num_threads())
+            if len(seen) == 1:
+                raise RuntimeError("not yet")
+            return super().judge(pictures, line)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert go(judge=Counting(), attempts=1)[0].unjudged
+        torch.set_num_threads(2)
+        assert not go(judge=Counting(), attempts=1)[0].unjudged
+        assert set(seen) == {3}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_damaged_and_foreign_folders(go, tmp_path):
     go()
     path = tmp_path / "run/ledger-000-of-001.jsonl"
