@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sana15.config import SanaConfig
 from sana15.files import replacing
 from sana15.healing import DISTILL, Healing
 from sana15.importance import Importance, block_importance
@@ -47,7 +48,12 @@ def worth(folder: Path, args: argparse.Namespace) -> list[float]:
 
 
 def chosen(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -> list[int]:
-    """The blocks that stay. Importance and loss of a seed are measured once, for all depths."""
+    """The blocks that stay. Importance and loss of a seed are measured once, for all depths; so is the search."""
+    order = out / f"searched-{seed}.json"
+    if by == "search" and order.exists():
+        removed = json.loads(order.read_text())
+        if len(removed) >= (layers := SanaConfig.load(MINI / "transformer").num_layers) - keep:
+            return sorted(set(range(layers)) - set(removed[: layers - keep]))
     pipe = Pipeline.from_pretrained(MINI)
     prompts = calibration_prompts(pipe, None, args.count, seed)
     batches = calibration(pipe, prompts, steps=args.steps, seed=seed)
@@ -56,9 +62,13 @@ def chosen(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -
         if not path.exists():
             block_importance(pipe.transformer, batches).save(path)
         return choose(None, pipe.config.num_layers, keep, by, importance=Importance.load(path)).kept
-    return choose(
+    choice = choose(
         pipe.transformer, pipe.config.num_layers, keep, by, batches=batches, seed=seed, flow_shift=pipe.flow_shift
-    ).kept
+    )
+    if by == "search":
+        with replacing(order) as partial:
+            partial.write_text(json.dumps(choice.removed) + "\n")
+    return choice.kept
 
 
 def cell(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -> None:
@@ -170,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             partial.write_text(json.dumps(values) + "\n")
     for seed in args.seeds:
         for by in args.by:
-            for keep in args.keep:
+            for keep in sorted(args.keep):  # the deepest search first: the others are on its way
                 cell(args.out, by, keep, seed, args)
     print(report(args.out, args))
 

@@ -138,7 +138,7 @@ def test_search_and_learned_get_the_models_flow_shift(tmp_path, monkeypatch):
 
     def search(model, batches, keep, **options):
         seen.update(options)
-        return Choice(list(range(keep)), "search")
+        return Choice(list(range(keep)), "search", {}, [11, 10, 9, 8])
 
     monkeypatch.setattr(pruning_search, "search", search)
     assert main(["prune", "mini", str(tmp_path / "out"), "--keep", "8", "--by", "search", "--count", "1",
@@ -150,6 +150,7 @@ def test_search_and_learned_get_the_models_flow_shift(tmp_path, monkeypatch):
         "heal_steps": 7,
     }
     assert seen["flow_shift"] != 3.0
+    assert json.loads((tmp_path / "out" / "sana15.json").read_text())["pruning"]["removed"] == [11, 10, 9, 8]
 
 
 @pytest.mark.parametrize(

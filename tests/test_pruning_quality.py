@@ -43,3 +43,10 @@ def test_seeds_widen_the_interval(experiment):
     assert value == pytest.approx(0.5)
     assert low <= 0.3
     assert high >= 0.7
+
+
+def test_one_search_serves_all_depths(experiment, tmp_path):
+    """Its order of removals is kept; a shallower choice is the order's beginning, without another search."""
+    (tmp_path / "searched-3.json").write_text("[5, 2, 7, 1, 6, 4]")
+    assert experiment.chosen(tmp_path, "search", 8, 3, None) == [0, 3, 4, 6, 8, 9, 10, 11]
+    assert experiment.chosen(tmp_path, "search", 6, 3, None) == [0, 3, 8, 9, 10, 11]

@@ -21,17 +21,17 @@ def test_greedy_takes_what_is_best_after_healing_and_not_before():
     def ask(table, name):
         return lambda kept: (asked.append((name, tuple(kept))), table[tuple(kept)])[1]
 
-    assert greedy(4, 2, 2, ask(quick, "quick"), ask(slow, "slow")) == [1, 3]
+    assert greedy(4, 2, 2, ask(quick, "quick"), ask(slow, "slow")) == ([1, 3], [2, 0])
     assert [kept for name, kept in asked if name == "slow"] == [(0, 2, 3), (0, 1, 3), (1, 3), (0, 3)]
-    assert greedy(4, 2, 3, ask(quick, "quick"), ask(slow | {(0, 1, 2): 6}, "slow")) == [0, 1]
+    assert greedy(4, 2, 3, ask(quick, "quick"), ask(slow | {(0, 1, 2): 6}, "slow")) == ([0, 1], [2, 3])
     asked.clear()
-    assert greedy(4, 2, 1, ask(quick | {(2, 3): 0, (0, 2): 1}, "quick"), ask(slow, "slow")) == [2, 3]
+    assert greedy(4, 2, 1, ask(quick | {(2, 3): 0, (0, 2): 1}, "quick"), ask(slow, "slow")) == ([2, 3], [1, 0])
     assert {name for name, _ in asked} == {"quick"}  # one candidate needs no second judgement
-    assert greedy(4, 4, 2, ask(quick, "quick"), ask(slow, "slow")) == [0, 1, 2, 3]
+    assert greedy(4, 4, 2, ask(quick, "quick"), ask(slow, "slow")) == ([0, 1, 2, 3], [])
 
 
 def test_of_equal_removals_the_later_block_goes():
-    assert greedy(4, 2, 1, lambda kept: 0.0, lambda kept: 0.0) == [0, 1]
+    assert greedy(4, 2, 1, lambda kept: 0.0, lambda kept: 0.0) == ([0, 1], [3, 2])
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,9 @@ def test_search_finds_the_idle_blocks_and_says_what_it_spent(idle):  # noqa: F81
     assert choice.kept == [0, 2, 3, 5]
     # Two depths, of 6 and 5 removals judged unhealed and two of each healed.
     assert choice.spent == {"healing steps": 8, "losses": 6 + 5 + 4}
+    assert sorted(choice.removed) == [1, 4]
+    shorter = search(model, batches, 5, candidates=2, heal_steps=2, lr=1e-5)
+    assert shorter.removed == choice.removed[:1]  # the longer search begins with the shorter
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     again = sana15.prune(model, 4, "search", batches=iter(batches), candidates=2, heal_steps=2, lr=1e-5)

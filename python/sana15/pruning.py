@@ -27,6 +27,7 @@ class Choice:
     kept: list[int]
     by: str
     spent: dict[str, Any] = field(default_factory=dict)
+    removed: list[int] = field(default_factory=list)  # of search: the others, in the order of their removal
 
 
 def check_keep(keep: int, layers: int) -> None:

@@ -99,6 +99,8 @@ def prune_folder(
 def _recorded(settings: dict[str, Any], choice: Choice, layers: int) -> dict[str, Any]:
     """The source's settings with the pruning, and its growth map with the blocks that are left."""
     settings["pruning"] = {"by": choice.by, "source_layers": layers, "kept": choice.kept, "spent": choice.spent}
+    if choice.removed:
+        settings["pruning"]["removed"] = choice.removed
     growth = settings.get("growth")
     if isinstance(growth, dict) and isinstance(growth.get("map"), list) and len(growth["map"]) == layers:
         growth["map"] = [growth["map"][i] for i in choice.kept]

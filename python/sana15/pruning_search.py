@@ -14,21 +14,23 @@ from .trajectory import CalibrationBatch
 Score = Callable[[list[int]], float]
 
 
-def greedy(layers: int, keep: int, candidates: int, quick: Score, slow: Score) -> list[int]:
-    """Removes one block after the other until `keep` are left.
+def greedy(layers: int, keep: int, candidates: int, quick: Score, slow: Score) -> tuple[list[int], list[int]]:
+    """Removes one block after the other until `keep` are left; what is left, and what was removed, in this order.
 
     Args:
         candidates: at each depth so many removals with the lowest quick score get the slow one, and the lowest of those
             wins; of equal ones the later block goes.
         quick, slow: a score of kept blocks; lower is better.
     """
-    kept = list(range(layers))
+    kept, removed = list(range(layers)), []
     while len(kept) > keep:
         removals = [[*kept[:i], *kept[i + 1 :]] for i in range(len(kept))]
         removals.reverse()  # of equal ones the later block goes
         best = sorted(removals, key=quick)[:candidates]
-        kept = best[0] if len(best) == 1 else min(best, key=slow)
-    return kept
+        left = best[0] if len(best) == 1 else min(best, key=slow)
+        removed += [i for i in kept if i not in left]
+        kept = left
+    return kept, removed
 
 
 def search(
@@ -45,7 +47,8 @@ def search(
     """Greedy choice of blocks by the flow loss after `heal_steps` of healing.
 
     One third of the batches' chunks is for the loss, the others for healing (all for both where there are fewer than three).
-    Healing always starts from the source's weights.
+    Healing always starts from the source's weights. The result's `removed` holds a search to every smaller loss of
+    depth: one to 4 of 12 blocks begins with those to 11 to 5.
 
     Args:
         candidates: removals healed at each depth, those with the lowest loss unhealed.
@@ -69,8 +72,8 @@ def search(
         spent["healing steps"] += heal_steps
         return loss(small.eval())
 
-    kept = greedy(model.config.num_layers, keep, candidates, lambda k: loss(chosen_blocks(model, k)), healed)
-    return Choice(kept, "search", spent)
+    kept, removed = greedy(model.config.num_layers, keep, candidates, lambda k: loss(chosen_blocks(model, k)), healed)
+    return Choice(kept, "search", spent, removed)
 
 
 def split(batches: Sequence[CalibrationBatch]) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
