@@ -302,10 +302,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, kind, arguments, cod
     assert sorted(tmp_path.iterdir()) == entries
 
 
-def run_python(code, *arguments):
+def run_python(code, *arguments, stdin=None):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -323,12 +327,11 @@ g.grow_folder(sys.argv[1], sys.argv[2], layers=8, shard_bytes=150_000)
 """
     process = run_python(slow, src, dst)
     limit = time.monotonic() + 120
-    partial = tmp_path / "dst.partial"
-    while not list(partial.rglob("*.safetensors")) and time.monotonic() < limit:
+    while not list(tmp_path.glob(".dst.partial-*/**/*.safetensors")) and time.monotonic() < limit:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list(partial.rglob("*.safetensors"))  # it was in the middle
+    assert list(tmp_path.glob(".dst.partial-*/**/*.safetensors"))  # it was in the middle
     assert not dst.exists()
     grow_folder(src, dst, layers=8, check=True)
     assert files_below(src) == before

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from .config import SanaConfig
-from .files import CODES, DataError, open_tensors, read_json, stream_tensors
+from .files import CODES, DataError, open_tensors, read_json, remove_tree, staging, stream_tensors
 from .model import SanaTransformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,6 +33,16 @@ class Weight:
 
 
 Weights = Mapping[str, Weight]
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """SHA-256 of the transformer folder's weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(set(weight_files(folder).values())):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
@@ -141,19 +152,17 @@ def write_folder(
         shard_bytes: the most that a file may hold; more goes to further files, named by an index. None: one file.
     """
     target = Path(folder)
-    partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with staging(target) as partial:
+        partial.mkdir()
         (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         _write_shards(weights, partial, dtype, shard_bytes)
         if target.exists():  # moved aside first: at every moment one whole folder is there
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        os.replace(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            os.replace(target, aside / target.name)
+            os.replace(partial, target)
+            remove_tree(aside)
+        else:
+            os.replace(partial, target)
 
 
 def _write_shards(weights: Weights, folder: Path, dtype: torch.dtype | None, shard_bytes: int | None) -> None:

@@ -252,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     prune.add_argument("target", metavar="DST", help="folder; must not exist")
     prune.add_argument("--keep", type=int, metavar="K", help="blocks that stay")
     prune.add_argument(
-        "--by", default="importance", metavar="NAME", help="importance (default), loss, search, learned or indices"
+        "--by", metavar="NAME", help="importance (default), loss, search, learned or indices (default with --indices)"
     )
     prune.add_argument("--importance", metavar="FILE", help="importance.json of SRC; else it is measured")
     prune.add_argument(

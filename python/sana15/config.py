@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,14 @@ class SanaConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_attention_heads", "num_cross_attention_heads", "patch_size", "sample_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"SanaConfig.{name} must be a positive integer, got {value!r}")
+        for field in dataclasses.fields(self):
+            value, number = getattr(self, field.name), (int, float)
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise ValueError(f"SanaConfig.{field.name} must be a positive integer, got {value!r}")
+            if field.type == "float" and (type(value) not in number or not math.isfinite(value) or value < 0):
+                raise ValueError(f"SanaConfig.{field.name} must be a number, got {value!r}")
+        if self.interpolation_scale is not None and type(self.interpolation_scale) not in (int, float):
+            raise ValueError(f"SanaConfig.interpolation_scale must be a number, got {self.interpolation_scale!r}")
         if self.num_cross_attention_heads * self.cross_attention_head_dim != self.width:
             raise ValueError(
                 f"SanaConfig: num_cross_attention_heads * cross_attention_head_dim = "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +32,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path} is damaged: no JSON object")
@@ -108,6 +111,51 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A name, not yet in use, for a folder that becomes `target`: in a hidden folder beside it, removed at the end.
+
+    Hidden folders that killed runs left for this target are removed first; those of runs that are alive stay.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.partial-"
+    for left in target.parent.glob(f"{_literally(prefix)}*/lock"):
+        try:
+            with left.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_tree(left.parent)
+        except OSError:  # locked, somebody else's, or gone already
+            continue
+    root = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        with (root / "unlocked").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.replace(root / "unlocked", root / "lock")  # the name appears locked
+            yield root / target.name
+    finally:
+        remove_tree(root)
+
+
+def _literally(name: str) -> str:
+    """A pattern of glob that fits this name only."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all that is in it, also where folders in it are read-only, as copies of read-only ones are."""
+    make_writable(folder)
+    shutil.rmtree(folder)
+
+
+def make_writable(folder: Path) -> None:
+    """Lets the owner write into the folder and every one in it."""
+    folder.chmod(folder.stat().st_mode | 0o700)
+    for at, names, _ in os.walk(folder):
+        for path in (Path(at, name) for name in names):
+            if not path.is_symlink():
+                path.chmod(path.stat().st_mode | 0o700)
 
 
 def write_durably(data: bytes, path: Path) -> None:

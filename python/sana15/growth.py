@@ -27,6 +27,7 @@ OUTPUTS = ("attn1.to_out.0.", "attn2.to_out.0.", "ff.conv_point.")
 BLOCKS = "transformer_blocks."
 #: Blocks that partial preservation drops by default: the paper keeps 18 of 20.
 DROPPED = 2
+MOST_LAYERS = 10_000  # more is a slip of the keyboard
 
 
 def growth_map(
@@ -50,6 +51,11 @@ def growth_map(
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     if keep is None:
         keep = max(1, depth - DROPPED) if strategy == "partial_preservation" else depth
+    for name, value in (("layers", layers), ("keep", keep)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+    if layers > MOST_LAYERS:
+        raise ValueError(f"layers must be at most {MOST_LAYERS}, got {layers}")
     if not 1 <= keep <= depth:
         raise ValueError(f"keep must be 1 to {depth}, the blocks of the source; got {keep}")
     if layers < keep:

@@ -86,6 +86,7 @@ def grow_folder(
     config = grown_config(old, layers, add_qk_norm)
     growth = Growth(config, old.num_layers, keep, strategy, seed, blocks, config.qk_norm != old.qk_norm)
     weights, settings = origin.weights(), origin.settings()
+    settings.pop("pruning", None)  # it tells of blocks that are not in this order any more
     settings["growth"] = {
         "strategy": strategy, "source_layers": old.num_layers, "keep": keep, "seed": seed, "map": blocks,
         "added_qk_norm": growth.added_norms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,18 +14,29 @@ import torch
 from torch import nn
 
 from . import flow
+from .checkpoint import folder_weights
 from .files import DataError
 from .model import SanaTransformer
 from .model_folders import SETTINGS, ModelFolder
+from .train_config import DTYPES
 from .trajectory import CalibrationBatch
 
 STEPS = 100  # the paper's
 BATCH = 64
+NOISES = 2
 DISTILL = 10.0
-LR, PLAIN_LR = 2e-3, 5e-4  # with distillation, and without: measured on the mini model, docs/pruning.md
+LR, PLAIN_LR = 3e-3, 5e-4  # with distillation, and without: measured on the mini model, docs/pruning.md
+CAPTION_DROP = 0.25  # guidance subtracts the unconditional branch, so its errors count nearly as much as the other's
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
 
 
+def trainable_copy(model: SanaTransformer) -> SanaTransformer:
+    """A copy that learns, in training mode: of 16-bit weights in fp32, since a step changes less than their last digit."""
+    copied = copy.deepcopy(model).requires_grad_(True).train()
+    return copied.float() if copied.proj_out.weight.dtype.itemsize == 2 else copied
+
+
+@torch.enable_grad()
 def flow_steps(
     model: nn.Module,
     parameters: Sequence[dict[str, Any]],
@@ -53,12 +65,12 @@ def flow_steps(
         if before is not None:
             before(step, generator)
         batch = batches[order[step % len(order)]]
-        device, dtype = batch.x0.device, batch.text.dtype
+        device, dtype = batch.x0.device, trained[0].dtype
         noise = torch.randn(batch.x0.shape, generator=generator).to(device)
         sigma = flow.sample_sigmas(len(batch), generator, flow_shift=flow_shift).to(device)
 
         def velocity(x: torch.Tensor, t: torch.Tensor, batch: CalibrationBatch = batch) -> torch.Tensor:
-            return model(x.to(dtype), batch.text, t * timestep_scale, batch.mask)  # noqa: B023, used before the next step
+            return model(x.to(dtype), batch.text.to(dtype), t * timestep_scale, batch.mask)  # noqa: B023, used before the next step
 
         loss = flow.loss(velocity, batch.x0, noise, sigma).mean()
         if not loss.isfinite():
@@ -72,9 +84,10 @@ def flow_steps(
 class Distillation:
     """The distance of a pruned model's activations from its source's, on the input that the pruned model has just had.
 
-    What a kept block hands to the next kept one is compared with what the source's blocks hand to that one: mean squared
-    difference over the source's variance, activations beyond MASKED standard deviations left out on both sides. A few
-    activations of diffusion transformers are hundreds of times larger than the others, and plain distillation fits those.
+    Mean squared difference of the velocities, plus the mean over blocks of this: what a kept block hands to the next kept one
+    against what the source's blocks hand to that one, mean squared difference over the source's variance, activations
+    beyond MASKED standard deviations left out on both sides. A few activations of diffusion transformers are hundreds of
+    times larger than the others, and plain distillation fits those.
 
     Args:
         student: the pruned model; it is given hooks. teacher: its source. kept: the teacher's blocks in the student.
@@ -86,10 +99,12 @@ class Distillation:
         if student.config.width != teacher.config.width:
             raise ValueError(f"the teacher's width is {teacher.config.width}, the model's {student.config.width}")
         self.teacher = teacher.eval().requires_grad_(False)
-        self.inputs: tuple[torch.Tensor, ...] = ()
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.velocity = torch.empty(0)
         self.student_features: list[torch.Tensor] = []
         self.teacher_features: list[torch.Tensor] = []
-        student.register_forward_pre_hook(self._begin)
+        student.register_forward_pre_hook(self._begin, with_kwargs=True)
+        student.register_forward_hook(lambda _, inputs, output: setattr(self, "velocity", output))
         for block in student.transformer_blocks:
             block.register_forward_hook(lambda _, inputs, outputs: self.student_features.append(outputs[0]))
         last = [i - 1 for i in kept[1:]] + [teacher.config.num_layers - 1]  # what stands before the next kept block
@@ -98,14 +113,14 @@ class Distillation:
                 lambda _, inputs, outputs: self.teacher_features.append(outputs[0])
             )
 
-    def _begin(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.inputs = inputs
+    def _begin(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.inputs = (inputs, named)
         self.student_features.clear()
 
     def loss(self) -> torch.Tensor:
         self.teacher_features.clear()
         with torch.no_grad():
-            self.teacher(*self.inputs)
+            velocity = self.teacher(*self.inputs[0], **self.inputs[1])
         terms = []
         for ours, theirs in zip(self.student_features, self.teacher_features):
             theirs = theirs.float()
@@ -113,7 +128,7 @@ class Distillation:
             keep = (theirs - theirs.mean()).abs() <= MASKED * deviation
             error = (ours.float() - theirs).square()[keep].mean()
             terms.append(error / theirs[keep].var().clamp_min(1e-12))
-        return torch.stack(terms).mean()
+        return torch.stack(terms).mean() + (self.velocity.float() - velocity.float()).square().mean()
 
 
 @dataclass(frozen=True)
@@ -121,11 +136,10 @@ class Healing:
     """Training after pruning.
 
     Args:
-        steps: of training, of batch_size rendered scenes each.
+        steps: of training, of batch_size rendered scenes each, each scene at `noises` noise levels.
         lr: AdamW's; it falls to zero over the last fifth of the steps. None: LR, without distillation PLAIN_LR.
-        distill: weight of the distillation of the source's features, beside the flow loss; 0: without. The distance to
-            known features is a far less noisy target than a flow loss against random noise, which is what counts in 100
-            steps.
+        distill: weight of the distillation of the source's features and velocity, in the place of the flow loss; 0: the flow
+            loss. Known features are a far less noisy target than random noise, which is what counts in 100 steps.
     """
 
     steps: int = STEPS
@@ -133,11 +147,12 @@ class Healing:
     batch_size: int = BATCH
     seed: int = 0
     distill: float = DISTILL
+    noises: int = NOISES
 
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", LR if self.distill else PLAIN_LR)
-        if self.steps < 1 or self.batch_size < 1:
+        if self.steps < 1 or self.batch_size < 1 or self.noises < 1:
             raise ValueError(f"healing takes at least one step of one picture, got {self.steps} of {self.batch_size}")
         if not self.rate > 0 or not self.distill >= 0:
             raise ValueError(f"healing's lr must be above 0 and distill at least 0, got {self.lr} and {self.distill}")
@@ -174,17 +189,25 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
     transformer = TransformerConfig(
         autoencoder=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), start=str(folder),
         flow_shift=pipe.flow_shift, teacher=str(teacher) if healing.distill else "", distill=healing.distill,
+        flow_weight=0.0 if healing.distill else 1.0, noises=healing.noises, stratified=True, caption_drop=CAPTION_DROP,
+        export=_dtype_name(folder / "transformer"),
     )  # fmt: skip
     steps = healing.steps
     with tempfile.TemporaryDirectory(dir=folder, prefix="healing-") as run:
         config = TrainConfig(
             out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=healing.rate,
-            warmup=max(1, steps // 10), schedule="decay", ema=0.9, save_every=steps, keep=1,
+            warmup=max(1, steps // 10), schedule="decay", ema=0.9, precision="bf16", save_every=steps, keep=1,
             sample_every=steps + 1, sample_steps=1, transformer=transformer,
         )  # fmt: skip
         made = train(config)
         shutil.rmtree(folder / "transformer")
         shutil.move(made / "transformer", folder / "transformer")
+
+
+def _dtype_name(folder: Path) -> str:
+    """The widest dtype of the folder's weights, in which the healed ones are written."""
+    widest = max((w.dtype for w in folder_weights(folder).values()), key=lambda dtype: dtype.itemsize)
+    return {v: k for k, v in DTYPES.items()}.get(widest, "fp32")
 
 
 def kept_of(folder: Path) -> list[int]:

@@ -62,8 +62,11 @@ class Importance:
             valid = all(isinstance(v, int | float) for v in numbers) and found.layers > 0
             valid &= all(len(row) == found.layers for row in rows)
             valid &= all(math.isfinite(v) for v in numbers)
-            valid &= whole is None or len(found.loss_change) == found.layers
-        except (TypeError, AttributeError):
+            if whole is not None:
+                valid &= math.isfinite(whole) and len(found.loss_change) == found.layers
+                valid &= len(found.loss_by_bin) == len(found.samples)
+            valid &= isinstance(found.settings, dict)
+        except (TypeError, AttributeError, OverflowError):
             valid = False
         if not valid:
             raise DataError(f"{path} is no result of sana15 importance")
@@ -89,7 +92,7 @@ def with_blocks(model: SanaTransformer, blocks: Sequence[nn.Module]) -> SanaTran
     view._modules = dict(model._modules)
     view.transformer_blocks = nn.ModuleList(blocks)
     view.config = dataclasses.replace(model.config, num_layers=len(blocks))
-    view.growth_map = None
+    view.growth_map = view.kept_blocks = None
     return view
 
 
@@ -121,7 +124,7 @@ def batch_loss(model: SanaTransformer, batch: CalibrationBatch) -> torch.Tensor:
     dtype = model.proj_out.weight.dtype
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return model(x.to(dtype), batch.text, t * model.config.timestep_scale, batch.mask)
+        return model(x.to(dtype), batch.text.to(dtype), t * model.config.timestep_scale, batch.mask)
 
     return flow.loss(velocity, batch.x0, batch.noise, batch.sigmas)
 
@@ -142,10 +145,10 @@ def block_importance(
         loss: measure the loss too; it costs L / 2 + 1 more passes.
 
     Raises:
-        ValueError: no batches, bins below 1, or a model whose activations are not finite.
+        ValueError: no batches, bins that are not 1 to 1000, or a model whose activations are not finite.
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+    if not 1 <= bins <= flow.TRAIN_STEPS:
+        raise ValueError(f"bins must be 1 to {flow.TRAIN_STEPS}, got {bins}")
     L = model.config.num_layers
     cosine, change = torch.zeros(2, L, bins, dtype=torch.float64)
     whole, count = torch.zeros(2, bins, dtype=torch.float64)

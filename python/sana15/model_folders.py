@@ -13,7 +13,7 @@ import torch
 
 from .checkpoint import Weight, Weights, folder_weights, require_fit, weight_files, write_folder
 from .config import SanaConfig
-from .files import open_tensors, read_json
+from .files import make_writable, open_tensors, read_json, staging
 from .release import parameter_shapes
 
 SETTINGS = "sana15.json"
@@ -77,7 +77,7 @@ class ModelFolder:
 
         Args:
             target: must not exist; it appears when everything is written and `finish` is done. A run that was killed
-                leaves target.partial, which the next one removes.
+                leaves a hidden folder beside it, which the next one removes.
             settings: of the target's sana15.json.
             shard_bytes: the most that a weights file may hold. Default: as this folder's largest file, at least 5 GB.
             finish: given the whole new folder and its transformer folder, the last step; it returns the folder that
@@ -87,27 +87,23 @@ class ModelFolder:
         if shard_bytes is None:
             files = set(weight_files(self.transformer).values())
             shard_bytes = max(SHARD_BYTES, *(path.stat().st_size for path in files))
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        try:
+        with staging(target) as partial:
             if self.pipeline:  # links are followed: a download cache is made of them
                 shutil.copytree(
                     self.root, partial, ignore=lambda at, _: ["transformer"] if Path(at) == self.root else []
                 )
-                # The source may be read-only, and the copy has its modes.
-                for copied in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-                    copied.chmod(copied.stat().st_mode | 0o700)
+                make_writable(partial)  # the source may be read-only, and the copy has its modes
             else:
-                partial.mkdir(parents=True)
+                partial.mkdir()
             made = partial / "transformer"
             write_folder(config, weights, made, shard_bytes=shard_bytes)
             whole = partial if self.pipeline else made
             if (whole / SETTINGS).exists():  # a copy of a read-only file would be read-only
                 (whole / SETTINGS).unlink()
             (whole / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-            os.replace(finish(whole, made), target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            finished = finish(whole, made)
+            self.check_target(target)  # another run may have been quicker
+            os.replace(finished, target)
 
 
 def reopening(folder: Path) -> dict[str, Weight]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -94,16 +93,11 @@ class Pipeline:
 
     def identity(self) -> dict[str, str]:
         """Name of the model and SHA-256 of its transformer's weight files; "unsaved" for a pipeline that has no folder."""
-        from .checkpoint import weight_files
+        from .checkpoint import weights_sha256
 
         if self.source is None:
             return {"name": "unsaved", "sha256": ""}
-        digest = hashlib.sha256()
-        for path in sorted(set(weight_files(self.source / "transformer").values())):
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        return {"name": self.source.resolve().name, "sha256": digest.hexdigest()}
+        return {"name": self.source.resolve().name, "sha256": weights_sha256(self.source / "transformer")}
 
     def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) in pixels, the native size for None; ValueError for a size that the model cannot make."""

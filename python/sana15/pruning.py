@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,17 +31,23 @@ class Choice:
     removed: list[int] = field(default_factory=list)  # of search: the others, in the order of their removal
 
 
+def is_whole(number: object) -> bool:
+    """An integer, Python's or numpy's."""
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
 def check_keep(keep: int, layers: int) -> None:
     """ValueError unless a model of `layers` blocks can keep this many."""
-    if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= layers:
+    if not is_whole(keep) or not 1 <= keep <= layers:
         raise ValueError(f"keep must be 1 to {layers}, the blocks of the source; got {keep}")
 
 
 def check_indices(indices: Sequence[int], layers: int, keep: int | None = None) -> list[int]:
     """The indices; ValueError unless they are ascending block numbers, `keep` of them."""
     kept = list(indices)
-    if not kept or any(isinstance(i, bool) or not isinstance(i, int) for i in kept):
+    if not kept or not all(map(is_whole, kept)):
         raise ValueError(f"indices must be one or more block numbers, got {kept}")
+    kept = [int(i) for i in kept]
     outside = [i for i in kept if not 0 <= i < layers]
     if outside:
         raise ValueError(f"the source has blocks 0 to {layers - 1}, but the indices name {outside[0]}")
@@ -56,11 +63,24 @@ def highest(scores: Sequence[float], keep: int) -> list[int]:
     return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:keep])
 
 
+def strategy(by: str | None, indices: bool, importance: bool) -> str:
+    """The strategy that is meant, None being `indices` where there are some, else `importance`; ValueError for what does not fit it."""
+    if by is None:
+        by = "indices" if indices else "importance"
+    if by not in STRATEGIES:
+        raise ValueError(f"unknown strategy {by!r}; choose one of {', '.join(STRATEGIES)}")
+    if (by == "indices") != indices:
+        raise ValueError("by='indices' needs indices, and nothing else takes them")
+    if importance and by not in ("importance", "loss"):
+        raise ValueError(f"by={by!r} does not use an importance")
+    return by
+
+
 def choose(
     model: SanaTransformer | None,
     layers: int,
     keep: int | None,
-    by: str = "importance",
+    by: str | None = None,
     *,
     importance: Importance | None = None,
     batches: Iterable[CalibrationBatch] | None = None,
@@ -69,10 +89,7 @@ def choose(
     **options: Any,
 ) -> Choice:
     """Which blocks stay; see prune for the arguments. `model` is not needed where `importance` or `indices` say it all."""
-    if by not in STRATEGIES:
-        raise ValueError(f"unknown strategy {by!r}; choose one of {', '.join(STRATEGIES)}")
-    if (by == "indices") != (indices is not None):
-        raise ValueError("by='indices' needs indices, and nothing else takes them")
+    by = strategy(by, indices is not None, importance is not None)
     if options and by not in ("search", "learned"):
         raise ValueError(f"by={by!r} takes no {', '.join(options)}")
     if indices is not None:
@@ -104,7 +121,7 @@ def choose(
 def prune(
     model: SanaTransformer,
     keep: int | None = None,
-    by: str = "importance",
+    by: str | None = None,
     *,
     importance: Importance | None = None,
     batches: Iterable[CalibrationBatch] | None = None,
@@ -118,7 +135,8 @@ def prune(
         keep: blocks that stay.
         by: importance (the highest 1 - cosine(input, output); the paper's rule), loss (the highest loss change), search
             (greedy, by the loss after a short healing; sana15.pruning_search), learned (N of M blocks in each group, learned
-            together with low-rank changes of the weights; sana15.pruning_learned) or indices.
+            together with low-rank changes of the weights; sana15.pruning_learned) or indices. Default: indices where there
+            are some, else importance.
         importance: sana15.block_importance of the model, for `importance` and `loss`; else it is measured on `batches`.
         batches: sana15.calibration of the model; search and learned keep them in memory.
         indices: the blocks that stay, ascending, for `indices`.
@@ -143,6 +161,8 @@ def prune(
     pruned.load_state_dict(state, strict=True, assign=True)
     pruned.gradient_checkpointing = model.gradient_checkpointing
     pruned.kept_blocks = choice.kept
+    if model.growth_map is not None:
+        pruned.growth_map = [model.growth_map[i] for i in choice.kept]
     return pruned.train(model.training)
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import parse_bytes
+from .checkpoint import parse_bytes, weights_sha256
 from .files import DataError
 from .growth import grown_weights
 from .healing import DISTILL, Healing, heal_folder, require_healable
 from .importance import Importance
 from .model_folders import SETTINGS, ModelFolder
 from .pipeline import Pipeline
-from .pruning import Choice, check_keep, choose, pruned_config
+from .pruning import Choice, check_keep, choose, pruned_config, strategy
 from .trajectory import calibration, calibration_prompts
 
 
@@ -25,7 +27,7 @@ def prune_folder(
     target: str | Path,
     *,
     keep: int | None = None,
-    by: str = "importance",
+    by: str | None = None,
     importance: Importance | None = None,
     indices: Sequence[int] | None = None,
     prompts: str | None = None,
@@ -59,6 +61,7 @@ def prune_folder(
     """
     origin, target = ModelFolder(source), Path(target)
     origin.check_target(target)
+    by = strategy(by, indices is not None, importance is not None)
     layers, weights = origin.config.num_layers, origin.weights()
     if keep is not None:
         check_keep(keep, layers)
@@ -67,7 +70,9 @@ def prune_folder(
             raise ValueError(f"{origin.root} is a transformer alone and cannot be healed; it takes a whole pipeline")
         require_healable(Pipeline.from_pretrained(origin.root).text)
     model = batches = None
-    if indices is None and (importance is None or by in ("search", "learned")):
+    if indices is not None and prompts is not None:
+        raise ValueError("prompts are for measuring; with indices nothing is measured")
+    if indices is None and importance is None:
         if not origin.pipeline:
             raise ValueError(
                 f"{origin.root} is a transformer alone and cannot be calibrated; pass an importance or indices"
@@ -107,28 +112,33 @@ def _recorded(settings: dict[str, Any], choice: Choice, layers: int) -> dict[str
     return settings
 
 
-def read_indices(text: str) -> list[int]:
+def read_indices(text: str, layers: int) -> list[int]:
     """Block numbers from "0,1,3", from a JSON list in a file, or from the sana15.json of a pruned folder (or the folder).
 
+    Args:
+        layers: blocks of the model that they are for; those of a pruned folder must come from a model of this depth.
+
     Raises:
-        ValueError: no such list; DataError: a file without one.
+        ValueError: no such list, or one for another depth; DataError: a file without one.
     """
+    if re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text):
+        return [int(number) for number in text.split(",")]
     path = Path(text)
     if path.is_dir():
         path = path / SETTINGS
-    if path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            kept = values["pruning"]["kept"] if isinstance(values, dict) else values
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise DataError(f"{path} holds no list of block numbers and no pruning") from None
-        if not isinstance(kept, list):
-            raise DataError(f"{path} holds no list of block numbers and no pruning")
-        return kept
+    if not path.exists():
+        raise ValueError(f"--indices must be numbers as in 0,1,3 or a file that exists, got {text!r}")
     try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--indices must be numbers as in 0,1,3 or a file, got {text!r}") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pruning = values["pruning"] if isinstance(values, dict) else {"kept": values}
+        kept, depth = pruning["kept"], pruning.get("source_layers", layers)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path} holds no list of block numbers and no pruning") from None
+    if not isinstance(kept, list):
+        raise DataError(f"{path} holds no list of block numbers and no pruning")
+    if depth != layers:
+        raise ValueError(f"{path} tells of a model of {depth} blocks that was pruned, the source has {layers}")
+    return kept
 
 
 #: The command's options of one strategy: its argument, and the strategy.
@@ -144,11 +154,11 @@ STRATEGY_OPTIONS = {
 def strategy_options(args: argparse.Namespace) -> dict[str, Any]:
     """Of the chosen strategy; ValueError for another's."""
     options = {}
-    for flag, (name, strategy) in STRATEGY_OPTIONS.items():
+    for flag, (name, owner) in STRATEGY_OPTIONS.items():
         value = getattr(args, flag)
         if value is not None:
-            if args.by != strategy:
-                raise ValueError(f"--{flag.replace('_', '-')} belongs to --by {strategy}")
+            if args.by != owner:
+                raise ValueError(f"--{flag.replace('_', '-')} belongs to --by {owner}")
             options[name] = value
     return options
 
@@ -160,14 +170,21 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--keep says how many blocks stay")
     if args.heal is None and args.distill is not None:
         raise ValueError("--distill belongs to --heal")
+    source = ModelFolder(args.source)
+    indices = None if args.indices is None else read_indices(args.indices, source.config.num_layers)
+    importance = None
+    if args.importance:
+        importance = Importance.load(args.importance)
+        measured = importance.settings.get("model", {})
+        if measured.get("sha256") and measured["sha256"] != weights_sha256(source.transformer):
+            print(f"note: {args.importance} was measured on other weights ({measured.get('name')})", file=sys.stderr)
     heal = None
     if args.heal is not None:
         heal = Healing(steps=args.heal, seed=args.seed, distill=DISTILL if args.distill is None else args.distill)
     choice = prune_folder(
         args.source, args.target, keep=args.keep, by=args.by, seed=args.seed, prompts=args.prompts, count=args.count,
         sampling_steps=args.steps, batch_size=args.batch_size,
-        importance=Importance.load(args.importance) if args.importance else None,
-        indices=read_indices(args.indices) if args.indices is not None else None,
+        importance=importance, indices=indices,
         shard_bytes=parse_bytes(args.shard_size) if args.shard_size else None,
         heal=heal, **options,
     )  # fmt: skip
@@ -175,4 +192,6 @@ def run(args: argparse.Namespace) -> None:
     if choice.spent:
         print(f"spent: {', '.join(f'{value} {name}' for name, value in choice.spent.items())}")
     if heal is not None:
-        print(f"healed: {heal.steps} steps of {heal.batch_size} pictures, distillation {heal.distill:g}")
+        print(
+            f"healed: {heal.steps} steps of {heal.batch_size} pictures at {heal.noises} noise levels, distillation {heal.distill:g}"
+        )

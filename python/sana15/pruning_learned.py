@@ -8,7 +8,6 @@ changes learn from the flow loss: so the odds rise of what is good after healing
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from torch.nn.utils import parametrize
 
 import sana_ext
 
-from .healing import flow_steps
+from .healing import flow_steps, trainable_copy
 from .importance import with_blocks
 from .model import SanaTransformer
 from .pruning import Choice
@@ -28,6 +27,7 @@ from .pruning_search import split
 from .trajectory import CalibrationBatch
 
 GROUP = 4  # blocks; TinyFusion found groups of 2 and 4 best and 14 bad
+MOST_WAYS = 10_000  # of one group: each has its own odds, learned in some hundred steps
 TAU = (4.0, 0.3)  # temperature of the draws, first and last
 
 
@@ -104,8 +104,11 @@ def learned(
         raise ValueError(f"steps and rank must be at least 1, got {steps} and {rank}")
     layers = model.config.num_layers
     groups = groups_of(layers, keep, group)
+    most = max(math.comb(b - a, n) for a, b, n in groups)
+    if most > MOST_WAYS:
+        raise ValueError(f"groups of {group} blocks have {most} ways to keep {keep} of {layers}; take a smaller group")
     generator = torch.Generator().manual_seed(seed)
-    copied = copy.deepcopy(model).requires_grad_(False).train()
+    copied = trainable_copy(model).requires_grad_(False)
     changes = []
     for block in copied.transformer_blocks:
         for module in block.modules():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Sequence
 
-from .healing import PLAIN_LR, flow_steps
+from .healing import PLAIN_LR, flow_steps, trainable_copy
 from .importance import batch_loss, chosen_blocks
 from .model import SanaTransformer
 from .pruning import Choice
@@ -20,14 +20,27 @@ def greedy(layers: int, keep: int, candidates: int, quick: Score, slow: Score) -
     Args:
         candidates: at each depth so many removals with the lowest quick score get the slow one, and the lowest of those
             wins; of equal ones the later block goes.
-        quick, slow: a score of kept blocks; lower is better.
+        quick, slow: a score of kept blocks; lower is better, and one that is not finite loses.
+
+    Raises:
+        ValueError: no removal has a finite score.
     """
+
+    def finite(score: Score) -> Score:
+        return lambda kept: value if math.isfinite(value := score(kept)) else math.inf
+
     kept, removed = list(range(layers)), []
     while len(kept) > keep:
         removals = [[*kept[:i], *kept[i + 1 :]] for i in range(len(kept))]
         removals.reverse()  # of equal ones the later block goes
-        best = sorted(removals, key=quick)[:candidates]
-        left = best[0] if len(best) == 1 else min(best, key=slow)
+        scored = [(finite(quick)(left), i, left) for i, left in enumerate(removals)]
+        best = [left for score, _, left in sorted(scored)[:candidates] if score < math.inf]
+        if len(best) > 1:
+            scored = [(finite(slow)(left), i, left) for i, left in enumerate(best)]
+            best = [left for score, _, left in sorted(scored) if score < math.inf]
+        if not best:
+            raise ValueError(f"without any one of the {len(kept)} blocks left the loss is not finite")
+        left = best[0]
         removed += [i for i in kept if i not in left]
         kept = left
     return kept, removed
@@ -65,7 +78,7 @@ def search(
         return total / sum(map(len, judged))
 
     def healed(kept: list[int]) -> float:
-        small = copy.deepcopy(chosen_blocks(model, kept)).train()
+        small = trainable_copy(chosen_blocks(model, kept))
         groups = [{"params": list(small.parameters()), "lr": lr}]
         scale = model.config.timestep_scale
         flow_steps(small, groups, healing, heal_steps, seed=seed, flow_shift=flow_shift, timestep_scale=scale)
@@ -81,6 +94,8 @@ def split(batches: Sequence[CalibrationBatch]) -> tuple[list[CalibrationBatch], 
 
     Of the second only one batch of each chunk: healing needs their pictures, not their steps.
     """
+    if not batches:
+        raise ValueError("search and learned need at least one calibration batch")
     chunks = sorted({b.chunk for b in batches})
     apart = len(chunks) >= 3
     judged = [b for b in batches if not apart or chunks.index(b.chunk) % 3 == 2]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import sana_ext.optim
 
 from .data import Batch, scene_batches
+from .files import DataError
 from .growth_training import set_learning_rates
 from .train_checkpoints import resume, save, take_over
 from .train_config import TrainConfig, load_config
@@ -121,7 +122,7 @@ def train(config: TrainConfig) -> Path:
                 "images_per_s": rate,
             }
             if not math.isfinite(values["loss"]):
-                raise RuntimeError(f"the loss is {values['loss']} at step {done}; the last checkpoint is untouched")
+                raise DataError(f"the loss is {values['loss']} at step {done}")
             log.write(done, values)
             bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.1e}", imgs=f"{rate:.0f}/s")
             begin, seen = time.perf_counter(), 0

@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+
+#: Names of the dtypes that weights are written in.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -19,6 +23,8 @@ class TransformerConfig:
     autoencoder: str = ""  # folder of the trained autoencoder
     text_encoder: str = ""  # folder of a trained one, which stays as it is; "": trained along, from scratch
     flow_shift: float = 3.0
+    noises: int = 1  # noise levels of every picture: a step's batch is so many times the pictures
+    stratified: bool = False  # noise levels evenly spread over their distribution in every batch
     caption_drop: float = 0.1  # part of the prompts replaced by the empty one, for guidance
     gradient_checkpointing: bool = False
     start: str = (
@@ -31,9 +37,17 @@ class TransformerConfig:
     freeze_old: int = 0  # copied blocks are not trained for this many steps
     teacher: str = ""  # pipeline folder that `start` was pruned from; its features are a second loss
     distill: float = 0.0  # weight of that loss
+    flow_weight: float = 1.0  # weight of the flow loss itself; 0 leaves the distillation alone
     compile: bool = False  # torch.compile the transformer: a minute or two at the start, then quicker steps
+    export: str = "fp16"  # dtype of the exported weights: fp16 | bf16 | fp32
 
     def __post_init__(self) -> None:
+        if self.noises < 1:
+            raise ValueError(f"transformer.noises must be at least 1, got {self.noises}")
+        if self.export not in DTYPES:
+            raise ValueError(f"transformer.export must be one of {', '.join(DTYPES)}, got {self.export!r}")
+        if not self.flow_weight >= 0 or (self.flow_weight == 0 and not self.distill):
+            raise ValueError("transformer.flow_weight must be above 0, or 0 beside a transformer.distill")
         if self.start_run and not self.start:
             raise ValueError("transformer.start_run needs a transformer.start")
 

@@ -25,7 +25,7 @@ from .scenes.checker import check
 from .scenes.prompts import word_list
 from .scenes.testset import load as test_set
 from .text import MiniTextEncoder
-from .train_config import TrainConfig
+from .train_config import DTYPES, TrainConfig
 
 VALIDATION_SEED = 10_000_019  # pictures that training never renders
 
@@ -134,19 +134,22 @@ class TransformerTask:
         return MiniTextEncoder(list(word_list()), sizes.width, sizes.heads, sizes.passes)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        count = len(batch.prompts)
-        dropped = torch.rand(count, generator=generator) < self.config.caption_drop
-        prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), batch.prompts)]
+        c = self.config
+        count = len(batch.prompts) * c.noises
+        dropped = torch.rand(count, generator=generator) < c.caption_drop
+        prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), batch.prompts * c.noises)]
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
-            x0 = self.autoencoder.encode(batch.pictures.to(self.device))
+            x0 = self.autoencoder.encode(batch.pictures.to(self.device)).repeat(c.noises, 1, 1, 1)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
-        sigma = flow.sample_sigmas(count, generator, flow_shift=self.config.flow_shift).to(self.device)
+        sigma = flow.sample_sigmas(count, generator, flow_shift=c.flow_shift, stratified=c.stratified)
         text, mask = self.module["text"].encode(prompts)
-        if self.config.compile:  # the longest prompt differs from batch to batch: one compilation for all
+        if c.compile:  # the longest prompt differs from batch to batch: one compilation for all
             for tensor in (text, mask):
                 torch._dynamo.mark_dynamic(tensor, 1)
-        loss = flow.loss(lambda x, t: self.denoise(x, text, t, mask), x0, noise, sigma).mean()
-        return loss if self.distillation is None else loss + self.config.distill * self.distillation.loss()
+        loss = flow.loss(lambda x, t: self.denoise(x, text, t, mask), x0, noise, sigma.to(self.device)).mean()
+        if self.distillation is None:
+            return c.flow_weight * loss
+        return c.flow_weight * loss + c.distill * self.distillation.loss()
 
     def pipeline(self) -> Pipeline:
         return Pipeline(self.module["text"], self.module["transformer"], self.autoencoder, self.config.flow_shift)
@@ -170,8 +173,9 @@ class TransformerTask:
         return scores | {"score": sum(scores.values()) / len(scores)}
 
     def export(self, folder: Path) -> None:
-        """A pipeline folder in diffusers' layout, half precision."""
-        save_transformer(self.module["transformer"], _made(folder) / "transformer", dtype=torch.float16)
+        """A pipeline folder in diffusers' layout, the parts beside the transformer in half precision."""
+        dtype = DTYPES[self.config.export]
+        save_transformer(self.module["transformer"], _made(folder) / "transformer", dtype=dtype)
         self.module["text"].save(folder / "text_encoder")
         self.autoencoder.model.half().save_pretrained(folder / "vae")
         self.autoencoder.model.float()
