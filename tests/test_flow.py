@@ -101,6 +101,21 @@ def test_training_noise_levels():
     assert torch.equal(sigma[:9], flow.sample_sigmas(200_000, torch.Generator().manual_seed(0))[:9])
 
 
+def test_stratified_noise_levels_are_spread_evenly():
+    """One in each of B equally likely parts, each distributed as without; 64 means vary far less."""
+    draws = [
+        torch.stack([flow.sample_sigmas(64, torch.Generator().manual_seed(i), stratified=s) for i in range(200)])
+        for s in (True, False)
+    ]
+    assert draws[0].mean().item() == pytest.approx(draws[1].mean().item(), abs=0.01)
+    assert draws[0].std().item() == pytest.approx(draws[1].std().item(), abs=0.01)
+    assert draws[0].mean(1).std() < 0.2 * draws[1].mean(1).std()
+    assert draws[0][:, 0].std().item() == pytest.approx(draws[1].std().item(), rel=0.2)  # in random order
+    levels = draws[1].flatten().sort().values
+    parts = torch.bucketize(draws[0], levels[200::200].contiguous()).sort(1).values  # 64 parts, as 12,800 free draws estimate them
+    assert (parts - torch.arange(64)).abs().max() <= 3
+
+
 def test_loss_is_zero_for_the_true_velocity_only():
     x0, noise = rand(2, 3, 4, 2, 2).float(), rand(3, 3, 4, 2, 2).float()
     sigma = torch.tensor([0.1, 0.5, 0.9996])

@@ -1,6 +1,7 @@
 """Healing of pruned models: the training of `sana15 prune --heal`, and the distillation beside it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 import sana15
 from sana15 import pruning_files, pruning_search
 from sana15 import train as training
-from sana15.checkpoint import load_transformer
-from sana15.cli import main
+from sana15.checkpoint import folder_weights, load_transformer, save_transformer
+from sana15.cli import main, parser
 from sana15.files import DataError
 from sana15.healing import Distillation, Healing
 from sana15.importance import batch_loss
@@ -54,6 +55,32 @@ def test_trains_the_transformer_and_nothing_else(tmp_path):
     assert settings["guidance"] == json.loads((MINI / "sana15.json").read_text())["guidance"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "healed", "other", "plain"]
     Pipeline.from_pretrained(healed)("a red circle", steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_the_weights_stays(tmp_path, dtype):
+    shutil.copytree(MINI, tmp_path / "src", ignore=shutil.ignore_patterns("transformer"))
+    save_transformer(load_transformer(MINI / "transformer"), tmp_path / "src" / "transformer", dtype=dtype)
+    prune_folder(tmp_path / "src", tmp_path / "out", indices=KEPT, heal=QUICK)
+    assert {w.dtype for w in folder_weights(tmp_path / "out" / "transformer").values()} == {dtype}
+
+
+def test_a_model_that_is_not_finite_is_one_line(tmp_path, capsys):
+    shutil.copytree(MINI, tmp_path / "src", ignore=shutil.ignore_patterns("transformer"))
+    model = load_transformer(MINI / "transformer")
+    model.proj_out.weight.data[0, 0] = torch.nan
+    save_transformer(model, tmp_path / "src" / "transformer")
+    arguments = ["prune", str(tmp_path / "src"), str(tmp_path / "out"), "--indices", "0,1", "--heal", "1"]
+    assert main(arguments) == 3
+    assert "the loss is nan at step 1" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_documented_defaults():
+    args = parser().parse_args(["prune", "mini", "out", "--heal"])
+    assert (args.heal, args.count, args.steps, args.seed) == (100, 100, 20, 0)
+    assert Healing() == Healing(steps=100, lr=3e-3, batch_size=64, noises=2, distill=10.0, seed=0)
+    assert Healing(distill=0).lr == 5e-4
 
 
 def test_lowers_the_loss_and_distillation_the_distance(tmp_path):

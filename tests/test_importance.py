@@ -53,6 +53,8 @@ def test_calibration_is_the_sampled_trajectory(pipe):
             assert torch.equal(b.timestep, torch.full((len(b),), t))
             assert torch.equal(b.x0, own[0].x0)
             assert torch.equal(b.noise, own[0].noise)
+            assert torch.equal(b.text, text)
+            assert torch.equal(b.mask, mask)
             with torch.no_grad():  # the conditional branch alone
                 assert torch.equal(b.velocity, pipe.transformer(b.latents, text, b.timestep, mask))
         for made, sampled in zip(pipe.decode(own[0].x0), pictures[3 * chunk :]):

@@ -5,6 +5,7 @@ import json
 import signal
 import time
 
+import numpy as np
 import pytest
 import tiny_pipeline
 import torch
@@ -16,7 +17,7 @@ from test_model import batch
 
 import sana15
 from sana15 import Pipeline, SanaConfig, SanaTransformer
-from sana15.checkpoint import INDEX, WEIGHTS, Weight, load_transformer, save_transformer
+from sana15.checkpoint import INDEX, WEIGHTS, Weight, load_transformer, save_transformer, weights_sha256
 from sana15.cli import main
 from sana15.config import SIZES
 from sana15.growth import block_of, grown_weights
@@ -54,6 +55,8 @@ def test_each_rule_reads_its_own_numbers():
     found = importance_of([0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.2, 0.3])
     assert sana15.prune(source(), 2, importance=found).kept_blocks == [0, 1]
     assert sana15.prune(source(), 2, "loss", importance=found).kept_blocks == [1, 3]
+    helped = importance_of([0.1] * 4, [0.1, -0.9, 0.2, -0.1])  # without 1 the loss falls
+    assert sana15.prune(source(), 3, "loss", importance=helped).kept_blocks == [0, 2, 3]
     assert sana15.prune(source(), by="indices", indices=[2, 3]).kept_blocks == [2, 3]
 
 
@@ -211,7 +214,48 @@ def test_the_published_depths(tmp_path, keep, size):
     assert {w.dtype for w in reopening(tmp_path / "dst").values()} == {torch.bfloat16}
 
 
+def test_a_grown_models_map_follows_its_blocks(tmp_path):
+    grown = sana15.grow(source(), 6, keep=3)  # 0 1 2 and three new ones
+    assert sana15.prune(grown, indices=[0, 2, 4]).growth_map == [0, 2, None]
+    save_transformer(source(), tmp_path / "src")
+    grow_folder(tmp_path / "src", tmp_path / "grown", layers=6, keep=3)
+    prune_folder(tmp_path / "grown", tmp_path / "dst", indices=[0, 2, 4])
+    assert recorded_map(tmp_path / "dst", 3) == [0, 2, None]
+
+
+def test_a_record_is_of_the_model_that_was_pruned(tmp_path, capsys):
+    """Growth drops the record of a pruning before it; a record for another depth is refused."""
+    save_transformer(source(), tmp_path / "src")
+    prune_folder(tmp_path / "src", tmp_path / "three", indices=[0, 2, 3])
+    prune_folder(tmp_path / "three", tmp_path / "two", indices=[0, 2])
+    arguments = ["prune", str(tmp_path / "src"), str(tmp_path / "dst"), "--indices"]
+    assert main([*arguments, str(tmp_path / "two")]) == 2
+    assert "a model of 3 blocks that was pruned, the source has 4" in capsys.readouterr().err
+    grow_folder(tmp_path / "three", tmp_path / "grown", layers=5, keep=3)
+    assert "pruning" not in json.loads((tmp_path / "grown" / "sana15.json").read_text())
+    assert main([*arguments, str(tmp_path / "grown")]) == 3
+    assert "no pruning" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
+def test_an_importance_of_other_weights_is_noted(tmp_path, capsys):
+    save_transformer(source(), tmp_path / "src")
+    for digest, noted in (("0" * 64, True), (weights_sha256(tmp_path / "src"), False), ("", False)):
+        found = importance_of([0.4, 0.3, 0.2, 0.1])
+        found.settings["model"] = {"name": "other", "sha256": digest}
+        found.save(tmp_path / "i.json")
+        arguments = ["--keep", "2", "--importance", str(tmp_path / "i.json")]
+        assert main(["prune", str(tmp_path / "src"), str(tmp_path / f"dst{digest[:1]}{noted}"), *arguments]) == 0
+        assert ("measured on other weights (other)" in capsys.readouterr().err) is noted
+
+
+def test_numbers_of_numpy():
+    assert sana15.prune(source(), indices=np.array([0, 2])).kept_blocks == [0, 2]
+    assert sana15.prune(source(), np.int64(1), importance=importance_of([0.1, 0.2, 0.3, 0.4])).kept_blocks == [3]
+
+
 def test_read_indices(tmp_path):
+    assert read_indices(",".join(map(str, range(100))), 100) == list(range(100))  # longer than a file's name may be
     (tmp_path / "list.json").write_text("[0, 3]")
     assert read_indices("0,2,5", 6) == [0, 2, 5]
     assert read_indices(str(tmp_path / "list.json"), 6) == [0, 3]

@@ -1,10 +1,14 @@
 """The strategies that learn or search: exact choices on hand-made cases, what they spend, healing in memory."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from test_pruning import idle  # noqa: F401, a fixture
 
 import sana15
+from sana15 import flow
 from sana15.healing import Distillation, flow_steps
 from sana15.importance import chosen_blocks
 from sana15.pruning import choose
@@ -62,6 +66,14 @@ def test_groups_always_cover_all_blocks_and_keep_as_many_as_asked():
                 assert all(0 <= n <= b - a <= 1.5 * size + 1 for a, b, n in groups)
 
 
+def test_losses_that_are_not_finite_lose():
+    quick = {(0, 1, 2): 3.0, (0, 1, 3): math.nan, (0, 2, 3): 1.0, (1, 2, 3): math.inf}
+    assert greedy(4, 3, 1, lambda k: quick[tuple(k)], lambda k: 0.0) == ([0, 2, 3], [1])
+    assert greedy(4, 3, 4, lambda k: quick[tuple(k)], lambda k: math.nan if k == [0, 2, 3] else 0)[0] == [0, 1, 2]
+    with pytest.raises(ValueError, match="the loss is not finite"):
+        greedy(4, 3, 2, lambda k: math.nan, lambda k: 0.0)
+
+
 # On the model of six blocks of which 1 and 4 do nothing
 
 
@@ -97,9 +109,39 @@ def test_learned_finds_the_idle_blocks(idle):  # noqa: F811
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by", ["search", "learned"])
+def test_frozen_and_half_precision_models_are_searched_too(idle, by, dtype):  # noqa: F811
+    model, batches = idle
+    model = model.requires_grad_(False).to(dtype)
+    batches = [dataclasses.replace(b, text=b.text.to(dtype)) for b in batches]
+    options = {"search": {"heal_steps": 2, "lr": 1e-5}, "learned": {"steps": 60, "lr": 1e-5, "odds_lr": 0.3}}
+    with torch.no_grad():
+        assert choose(model, 6, 4, by, batches=batches, **options[by]).kept == [0, 2, 3, 5]
+    assert model.proj_out.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 5.0])
+def test_flow_steps_take_the_models_noise_levels_and_timesteps(idle, flow_shift):  # noqa: F811
+    model, batches = idle
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    groups = [{"params": list(model.parameters()), "lr": 0.0}]
+    flow_steps(model, groups, batches, 2, seed=3, flow_shift=flow_shift, timestep_scale=0.5)
+    for step, timesteps in enumerate(seen):
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + step)
+        torch.randn(batches[0].x0.shape, generator=generator)
+        sigma = flow.sample_sigmas(len(timesteps), generator, flow_shift=flow_shift)
+        assert torch.equal(timesteps, (sigma * 1000).floor() * 0.5)
+
+
 @pytest.mark.parametrize(
     ("by", "options", "message"),
     [
+        ("search", {"batches": []}, "at least one calibration batch"),
+        ("learned", {"batches": []}, "at least one calibration batch"),
+        ("search", {"seed": 2**44}, "seed must be"),
+        ("learned", {"seed": -1}, "seed must be"),
         ("search", {"candidates": 0}, "candidates must be at least 1"),
         ("learned", {"steps": 0}, "steps and rank must be at least 1"),
         ("learned", {"group": 0}, "group must be at least 1"),
@@ -108,7 +150,14 @@ def test_learned_finds_the_idle_blocks(idle):  # noqa: F811
 def test_bad_options(idle, by, options, message):  # noqa: F811
     model, batches = idle
     with pytest.raises(ValueError, match=message):
-        sana15.prune(model, 4, by, batches=batches, **options)
+        sana15.prune(model, 4, by, **{"batches": batches} | options)
+
+
+def test_groups_with_too_many_ways_are_refused(idle):  # noqa: F811
+    _, batches = idle
+    deep = sana15.prune(sana15.grow(idle[0], 30), indices=range(30))
+    with pytest.raises(ValueError, match="155117520 ways to keep 15 of 30; take a smaller group"):
+        sana15.prune(deep, 15, "learned", batches=batches, group=30)
 
 
 def test_a_third_of_the_prompts_is_for_judging(idle):  # noqa: F811

@@ -30,6 +30,12 @@ CAPTION_DROP = 0.25  # guidance subtracts the unconditional branch, so its error
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
 
 
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that the generators of the steps cannot be made from."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed}")
+
+
 def trainable_copy(model: SanaTransformer) -> SanaTransformer:
     """A copy that learns, in training mode: of 16-bit weights in fp32, since a step changes less than their last digit."""
     copied = copy.deepcopy(model).requires_grad_(True).train()
@@ -57,6 +63,7 @@ def flow_steps(
     Raises:
         ValueError: the loss is not finite.
     """
+    check_seed(seed)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99))
     trained = [p for group in parameters for p in group["params"]]
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -154,6 +161,7 @@ class Healing:
             object.__setattr__(self, "lr", LR if self.distill else PLAIN_LR)
         if self.steps < 1 or self.batch_size < 1 or self.noises < 1:
             raise ValueError(f"healing takes at least one step of one picture, got {self.steps} of {self.batch_size}")
+        check_seed(self.seed)
         if not self.rate > 0 or not self.distill >= 0:
             raise ValueError(f"healing's lr must be above 0 and distill at least 0, got {self.lr} and {self.distill}")
 

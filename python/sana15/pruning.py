@@ -14,6 +14,7 @@ import torch
 from .checkpoint import Weight
 from .config import SanaConfig
 from .growth import grown_weights
+from .healing import check_seed
 from .importance import Importance, block_importance
 from .model import SanaTransformer
 from .trajectory import CalibrationBatch
@@ -109,6 +110,7 @@ def choose(
         return Choice(highest(importance.loss_change if by == "loss" else importance.cosine, keep), by)
     if batches is None or model is None:
         raise ValueError(f"by={by!r} needs batches")
+    check_seed(seed)
     if by == "search":
         from .pruning_search import search
 
