@@ -112,7 +112,9 @@ def test_stratified_noise_levels_are_spread_evenly():
     assert draws[0].mean(1).std() < 0.2 * draws[1].mean(1).std()
     assert draws[0][:, 0].std().item() == pytest.approx(draws[1].std().item(), rel=0.2)  # in random order
     levels = draws[1].flatten().sort().values
-    parts = torch.bucketize(draws[0], levels[200::200].contiguous()).sort(1).values  # 64 parts, as 12,800 free draws estimate them
+    parts = (
+        torch.bucketize(draws[0], levels[200::200].contiguous()).sort(1).values
+    )  # 64 parts, as 12,800 free draws estimate them
     assert (parts - torch.arange(64)).abs().max() <= 3
 
 

@@ -18,6 +18,7 @@ from sana15.growth_training import block_groups, block_multipliers, set_learning
 from sana15.train import _optimizer, _task, train
 from sana15.train_checkpoints import resume, take_over
 from sana15.train_config import load_config
+from sana15.train_tasks import TransformerTask
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
@@ -186,6 +187,17 @@ def test_training_from_a_grown_folder(tmp_path):
     (tmp_path / "big" / "sana15.json").write_text(json.dumps({"growth": {"map": [0, 1]}}))
     with pytest.raises(ValueError, match="must name a source block or null for each of the 4 blocks"):
         train(load_config(None, [*common, f"out={tmp_path / 'y'}"]))
+
+
+def test_rates_of_copied_and_new_blocks(tmp_path):
+    src = tiny_pipeline.make(tmp_path / "src")
+    grow_folder(src, tmp_path / "big", layers=4, keep=2)
+    options = [f"transformer.autoencoder={src / 'vae'}", f"transformer.start={tmp_path / 'big'}"]
+    task = TransformerTask(load_config(None, [*options, "transformer.old_lr=0.5", "transformer.new_lr=3"]), "cpu")
+    rates = {name: group["lr_multiplier"] for group in task.groups() for name, _ in group["params"]}
+    assert {n: rates[f"transformer.transformer_blocks.{n}.ff.conv_point.weight"] for n in range(4)} == {
+        0: 0.5, 1: 0.5, 2: 3.0, 3: 3.0}  # fmt: skip
+    assert rates["transformer.proj_out.weight"] == 1.0
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "came8bit"])

@@ -277,7 +277,7 @@ def parser() -> argparse.ArgumentParser:
         "--distill",
         type=float,
         metavar="W",
-        help="of healing: weight of the source's features (default 10; 0: without)",
+        help="of healing: weight of the distance from the source (default 10; 0: the flow loss instead)",
     )
     prune.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB")
     _calibration_options(prune)
