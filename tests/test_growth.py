@@ -170,6 +170,9 @@ def test_norms_can_be_added():
         ({"layers": 6, "keep": 0}, "keep must be 1 to 4"),
         ({"layers": 2, "keep": 3}, "layers must be at least the 3 blocks that are kept, got 2"),
         ({"layers": 0}, "layers must be at least"),
+        ({"layers": 10**9}, "layers must be at most 10000"),
+        ({"layers": 6, "keep": True}, "keep must be an integer"),
+        ({"layers": 6.5}, "layers must be an integer"),
         ({"layers": 6, "strategy": "widen"}, "unknown strategy 'widen'; choose one of partial_preservation"),
     ],
 )

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import sana15
+from sana15 import flow as flow_of
 from sana15 import pruning_files, pruning_search
 from sana15 import train as training
 from sana15.checkpoint import folder_weights, load_transformer, save_transformer
 from sana15.cli import main, parser
+from sana15.data import SceneBatches
 from sana15.files import DataError
 from sana15.healing import Distillation, Healing
 from sana15.importance import batch_loss
@@ -18,6 +20,7 @@ from sana15.pipeline import MINI, Pipeline
 from sana15.pruning import Choice
 from sana15.pruning_files import prune_folder
 from sana15.train_config import load_config
+from sana15.train_tasks import TransformerTask
 
 KEPT = [0, 1, 3, 4, 6, 8, 9, 11]
 QUICK = Healing(steps=2, batch_size=2)
@@ -74,6 +77,44 @@ def test_a_model_that_is_not_finite_is_one_line(tmp_path, capsys):
     assert main(arguments) == 3
     assert "the loss is nan at step 1" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize(("distill", "flow"), [(10.0, 0.0), (0.0, 1.0)])
+def test_what_healing_asks_of_the_training_loop(tmp_path, monkeypatch, distill, flow):
+    seen = []
+    original = training.train
+    monkeypatch.setattr(training, "train", lambda config: (seen.append(config), original(config))[1])
+    prune_folder("mini", tmp_path / "out", indices=KEPT, heal=Healing(steps=1, batch_size=2, noises=3, distill=distill))
+    (config,) = seen
+    c = config.transformer
+    assert (c.distill, c.flow_weight, bool(c.teacher)) == (distill, flow, distill > 0)
+    assert (c.noises, c.stratified, c.caption_drop, config.precision) == (3, True, 0.25, "bf16")
+    assert c.flow_shift == Pipeline.from_pretrained("mini").flow_shift
+
+
+@pytest.mark.parametrize("flow", [0.0, 2.0])
+def test_the_loss_of_several_noise_levels_a_picture(tmp_path, flow):
+    """Every picture at each of them, with its own prompt; the flow loss and the distance, each with its weight."""
+    prune_folder("mini", tmp_path / "small", indices=KEPT)
+    options = [f"transformer.{k}={v}" for k, v in {
+        "autoencoder": MINI / "vae", "start": tmp_path / "small", "teacher": MINI, "distill": 3, "flow_weight": flow,
+        "noises": 2, "caption_drop": 0, "stratified": True}.items()]  # fmt: skip
+    task = TransformerTask(load_config(None, options), "cpu")
+    seen = []
+    task.module["transformer"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    batch = SceneBatches(0, 3, 1)[0]
+    found = task.loss(batch, torch.Generator().manual_seed(1))
+    ((x, text, timestep, _),) = seen
+    assert x.shape[0] == 6
+    assert torch.equal(text[:3], text[3:])
+    assert len(set(timestep.tolist())) == 6
+    generator = torch.Generator().manual_seed(1)
+    torch.rand(6, generator=generator)
+    x0 = task.autoencoder.encode(batch.pictures).repeat(2, 1, 1, 1)
+    noise = torch.randn(x0.shape, generator=generator)
+    assert torch.equal(timestep, (flow_of.sample_sigmas(6, generator, flow_shift=3.0, stratified=True) * 1000).floor())
+    plain = (task.distillation.velocity - (noise - x0)).square().mean()
+    assert found.item() == pytest.approx((flow * plain + 3 * task.distillation.loss()).item(), rel=1e-4)
 
 
 def test_documented_defaults():
@@ -210,6 +251,9 @@ def test_a_transformer_alone_cannot_be_healed(tmp_path, capsys):
     [
         (["transformer.teacher=X"], "belong together"),
         (["transformer.distill=1"], "belong together"),
+        (["transformer.flow_weight=0"], "flow_weight must be above 0, or 0 beside"),
+        (["transformer.noises=0"], "noises must be at least 1"),
+        (["transformer.export=fp8"], "export must be one of fp32, bf16, fp16"),
         ([f"transformer.teacher={MINI}", "transformer.distill=1"], "needs a pruned transformer.start"),
         (
             [f"transformer.teacher={MINI}", "transformer.distill=1", f"transformer.start={MINI}"],

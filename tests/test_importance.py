@@ -183,6 +183,8 @@ def test_importance_needs_batches_and_finite_activations(pipe):
         sana15.block_importance(pipe.transformer, [])
     batches = list(sana15.calibration(pipe, PROMPTS, steps=2))
     with pytest.raises(ValueError, match="bins must be 1 to 1000"):
+        sana15.block_importance(pipe.transformer, batches, bins=1001)
+    with pytest.raises(ValueError, match="bins must be 1 to 1000"):
         sana15.block_importance(pipe.transformer, batches, bins=0)
     pipe.transformer.transformer_blocks[1].ff.conv_point.weight.data.fill_(torch.inf)
     with pytest.raises(ValueError, match="not finite"):
@@ -243,6 +245,10 @@ def test_command_writes_json_and_figure(tmp_path, capsys):
         "{}",
         '{"cosine": [1], "cosine_by_bin": [], "samples": []}',
         '{"cosine": ["a"], "cosine_by_bin": [[]], "samples": [1]}',
+        f'{{"cosine": [1{"0" * 400}], "cosine_by_bin": [[1]], "samples": [1]}}',
+        '{"cosine": [1], "cosine_by_bin": [[1]], "samples": [1], "loss": "abc"}',
+        '{"cosine": [1], "cosine_by_bin": [[1]], "samples": [1], "loss": 1, "loss_change": [1], "loss_by_bin": 5}',
+        '{"cosine": [1], "cosine_by_bin": [[1]], "samples": [1], "settings": 5}',
     ],
 )
 def test_a_file_that_is_no_importance(tmp_path, text):

@@ -156,6 +156,11 @@ def test_config_round_trip(tmp_path):
         ({"cross_attention_head_dim": 7}, "must equal the width"),
         ({"qk_norm": "layer"}, "qk_norm must be"),
         ({"dropout": 0.1}, "dropout"),
+        ({"in_channels": -1}, "in_channels must be a positive integer"),
+        ({"mlp_ratio": None}, "mlp_ratio must be a finite number"),
+        ({"norm_eps": "x"}, "norm_eps must be a finite number"),
+        ({"timestep_scale": float("nan")}, "timestep_scale must be a finite number"),
+        ({"interpolation_scale": "1"}, "interpolation_scale must be a number"),
     ],
 )
 def test_bad_config(changes, match):

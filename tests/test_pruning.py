@@ -269,6 +269,7 @@ def test_read_indices(tmp_path):
         ("", ["--keep", "2"], 2, "is a transformer alone and cannot be calibrated"),
         ("", ["--keep", "2", "--by", "magic", "--indices", "0"], 2, "unknown strategy 'magic'"),
         ("", ["--by", "indices", "--indices", "1,0"], 2, "indices must be ascending"),
+        ("", ["--indices", "0,1", "--prompts", "none.txt"], 2, "nothing is measured"),
         ("", ["--by", "indices", "--indices", "0,9"], 2, "the indices name 9"),
         ("", ["--by", "indices", "--indices", "a,b"], 2, "must be numbers as in 0,1,3 or a file"),
         ("bad list", ["--by", "indices", "--indices", "LIST"], 3, "holds no list of block numbers"),

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_growth import run_python
 from test_pruning import idle  # noqa: F401, a fixture
 
 import sana15
@@ -219,3 +220,8 @@ def test_distillation_compares_with_what_stood_before_the_next_kept_block(idle):
     assert same.loss().item() == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="not those of a model pruned from this teacher"):
         Distillation(small, model, [0, 1])
+
+
+def test_pruning_does_not_load_the_training_loop():
+    code = "import sys, sana15.pruning; print([m for m in ('yaml', 'sana15.train_config') if m in sys.modules])"
+    assert run_python(code).communicate()[0] == "[]\n"

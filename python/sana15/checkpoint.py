@@ -159,7 +159,12 @@ def write_folder(
         if target.exists():  # moved aside first: at every moment one whole folder is there
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
             os.replace(target, aside / target.name)
-            os.replace(partial, target)
+            try:
+                os.replace(partial, target)
+            except OSError:
+                os.replace(aside / target.name, target)
+                aside.rmdir()
+                raise
             remove_tree(aside)
         else:
             os.replace(partial, target)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .files import DataError
+from .files import DTYPES, DataError
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ def _convert(args: argparse.Namespace) -> None:
     from .release import convert, parameter_shapes
     from .train_config import parse_overrides
 
-    dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    dtype = DTYPES[args.dtype] if args.dtype else None
     shard_bytes = parse_bytes(args.shard_size) if args.shard_size else None
     changes = parse_overrides(args.changes)
     config = convert(args.source, args.target, dtype=dtype, shard_bytes=shard_bytes, ema=args.ema, changes=changes)
@@ -293,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "changes", nargs="*", metavar="key=value", help="what a release file does not tell, such as sample_size=16"
     )
-    convert.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
+    convert.add_argument("--dtype", choices=tuple(DTYPES), help="default: as stored")
     convert.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: one file)")
     convert.add_argument("--ema", action="store_true", help="the averaged weights of a .pth")
     convert.set_defaults(run=_convert)

@@ -42,11 +42,11 @@ class SanaConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, number = getattr(self, field.name), (int, float)
+            value = getattr(self, field.name)
             if field.type == "int" and (type(value) is not int or value < 1):
                 raise ValueError(f"SanaConfig.{field.name} must be a positive integer, got {value!r}")
-            if field.type == "float" and (type(value) not in number or not math.isfinite(value) or value < 0):
-                raise ValueError(f"SanaConfig.{field.name} must be a number, got {value!r}")
+            if field.type == "float" and not (type(value) in (int, float) and 0 <= value < math.inf):
+                raise ValueError(f"SanaConfig.{field.name} must be a finite number of at least 0, got {value!r}")
         if self.interpolation_scale is not None and type(self.interpolation_scale) not in (int, float):
             raise ValueError(f"SanaConfig.interpolation_scale must be a number, got {self.interpolation_scale!r}")
         if self.num_cross_attention_heads * self.cross_attention_head_dim != self.width:

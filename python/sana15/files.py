@@ -17,6 +17,9 @@ import torch
 #: safetensors' names of the dtypes that weights may have.
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+#: Options' names of the dtypes that weights are written in.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class DataError(ValueError):
     """A file is damaged, incomplete, or does not fit what it is used for. The command line exits with 3."""

@@ -15,10 +15,10 @@ from torch import nn
 
 from . import flow
 from .checkpoint import folder_weights
-from .files import DataError
+from .files import DTYPES, DataError
 from .model import SanaTransformer
 from .model_folders import SETTINGS, ModelFolder
-from .train_config import DTYPES
+from .sampling import check_training_seed
 from .trajectory import CalibrationBatch
 
 STEPS = 100  # the paper's
@@ -28,12 +28,6 @@ DISTILL = 10.0
 LR, PLAIN_LR = 3e-3, 5e-4  # with distillation, and without: measured on the mini model, docs/pruning.md
 CAPTION_DROP = 0.25  # guidance subtracts the unconditional branch, so its errors count nearly as much as the other's
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
-
-
-def check_seed(seed: int) -> None:
-    """ValueError for a seed that the generators of the steps cannot be made from."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed}")
 
 
 def trainable_copy(model: SanaTransformer) -> SanaTransformer:
@@ -63,7 +57,7 @@ def flow_steps(
     Raises:
         ValueError: the loss is not finite.
     """
-    check_seed(seed)
+    check_training_seed(seed)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99))
     trained = [p for group in parameters for p in group["params"]]
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -161,7 +155,7 @@ class Healing:
             object.__setattr__(self, "lr", LR if self.distill else PLAIN_LR)
         if self.steps < 1 or self.batch_size < 1 or self.noises < 1:
             raise ValueError(f"healing takes at least one step of one picture, got {self.steps} of {self.batch_size}")
-        check_seed(self.seed)
+        check_training_seed(self.seed)
         if not self.rate > 0 or not self.distill >= 0:
             raise ValueError(f"healing's lr must be above 0 and distill at least 0, got {self.lr} and {self.distill}")
 
@@ -213,7 +207,7 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
 
 
 def _dtype_name(folder: Path) -> str:
-    """The widest dtype of the folder's weights, in which the healed ones are written."""
+    """Of the folder's widest weights, in which the healed ones are written; fp32 for fp64."""
     widest = max((w.dtype for w in folder_weights(folder).values()), key=lambda dtype: dtype.itemsize)
     return {v: k for k, v in DTYPES.items()}.get(widest, "fp32")
 

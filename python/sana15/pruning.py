@@ -14,9 +14,9 @@ import torch
 from .checkpoint import Weight
 from .config import SanaConfig
 from .growth import grown_weights
-from .healing import check_seed
 from .importance import Importance, block_importance
 from .model import SanaTransformer
+from .sampling import check_training_seed
 from .trajectory import CalibrationBatch
 
 STRATEGIES = ("importance", "loss", "search", "learned", "indices")
@@ -65,7 +65,14 @@ def highest(scores: Sequence[float], keep: int) -> list[int]:
 
 
 def strategy(by: str | None, indices: bool, importance: bool) -> str:
-    """The strategy that is meant, None being `indices` where there are some, else `importance`; ValueError for what does not fit it."""
+    """The strategy's name: `by`, or for None what the given arguments suggest.
+
+    Args:
+        indices, importance: whether there are some.
+
+    Raises:
+        ValueError: an unknown strategy, or arguments that do not go with it.
+    """
     if by is None:
         by = "indices" if indices else "importance"
     if by not in STRATEGIES:
@@ -110,7 +117,7 @@ def choose(
         return Choice(highest(importance.loss_change if by == "loss" else importance.cosine, keep), by)
     if batches is None or model is None:
         raise ValueError(f"by={by!r} needs batches")
-    check_seed(seed)
+    check_training_seed(seed)
     if by == "search":
         from .pruning_search import search
 

@@ -70,8 +70,8 @@ def prune_folder(
             raise ValueError(f"{origin.root} is a transformer alone and cannot be healed; it takes a whole pipeline")
         require_healable(Pipeline.from_pretrained(origin.root).text)
     model = batches = None
-    if indices is not None and prompts is not None:
-        raise ValueError("prompts are for measuring; with indices nothing is measured")
+    if prompts is not None and (indices is not None or importance is not None):
+        raise ValueError("prompts are for measuring; with indices or an importance nothing is measured")
     if indices is None and importance is None:
         if not origin.pipeline:
             raise ValueError(

@@ -26,18 +26,17 @@ def greedy(layers: int, keep: int, candidates: int, quick: Score, slow: Score) -
         ValueError: no removal has a finite score.
     """
 
-    def finite(score: Score) -> Score:
-        return lambda kept: value if math.isfinite(value := score(kept)) else math.inf
+    def ranked(choices: list[list[int]], score: Score) -> list[list[int]]:
+        scored = [(score(kept), i) for i, kept in enumerate(choices)]
+        return [choices[i] for value, i in sorted(pair for pair in scored if math.isfinite(pair[0]))]
 
     kept, removed = list(range(layers)), []
     while len(kept) > keep:
         removals = [[*kept[:i], *kept[i + 1 :]] for i in range(len(kept))]
         removals.reverse()  # of equal ones the later block goes
-        scored = [(finite(quick)(left), i, left) for i, left in enumerate(removals)]
-        best = [left for score, _, left in sorted(scored)[:candidates] if score < math.inf]
+        best = ranked(removals, quick)[:candidates]
         if len(best) > 1:
-            scored = [(finite(slow)(left), i, left) for i, left in enumerate(best)]
-            best = [left for score, _, left in sorted(scored) if score < math.inf]
+            best = ranked(best, slow)
         if not best:
             raise ValueError(f"without any one of the {len(kept)} blocks left the loss is not finite")
         left = best[0]

@@ -22,6 +22,12 @@ class Seed(NamedTuple):
         return int(np.random.SeedSequence(self).generate_state(1, np.uint64)[0] >> 1)
 
 
+def check_training_seed(seed: int) -> None:
+    """ValueError for a seed that a generator for each training step cannot be made from."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed}")
+
+
 def noise(seed: int, prompt_index: int, candidate: int, shape: Sequence[int]) -> torch.Tensor:
     """Initial noise of one picture, fp32, made on the CPU: it depends on (seed, prompt index, candidate) and on nothing else."""
     generator = torch.Generator().manual_seed(Seed(seed, prompt_index, candidate).number())

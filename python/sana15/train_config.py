@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-#: Names of the dtypes that weights are written in.
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+from .files import DTYPES
 
 
 @dataclass
@@ -39,7 +37,7 @@ class TransformerConfig:
     distill: float = 0.0  # weight of that loss
     flow_weight: float = 1.0  # weight of the flow loss itself; 0 leaves the distillation alone
     compile: bool = False  # torch.compile the transformer: a minute or two at the start, then quicker steps
-    export: str = "fp16"  # dtype of the exported weights: fp16 | bf16 | fp32
+    export: str = "fp16"  # dtype of the exported transformer: fp32 | bf16 | fp16
 
     def __post_init__(self) -> None:
         if self.noises < 1:

@@ -16,6 +16,7 @@ from .autoencoder import MINI, Autoencoder
 from .checkpoint import load_transformer, save_transformer
 from .config import SanaConfig
 from .data import Batch, SceneBatches
+from .files import DTYPES
 from .growth_files import recorded_map
 from .growth_training import block_groups, block_multipliers
 from .healing import Distillation, kept_of
@@ -25,7 +26,7 @@ from .scenes.checker import check
 from .scenes.prompts import word_list
 from .scenes.testset import load as test_set
 from .text import MiniTextEncoder
-from .train_config import DTYPES, TrainConfig
+from .train_config import TrainConfig
 
 VALIDATION_SEED = 10_000_019  # pictures that training never renders
 
