@@ -5,6 +5,7 @@ import subprocess
 import pytest
 from test_growth import files_below, run_python, source
 
+from sana15 import checkpoint, files
 from sana15.checkpoint import load_transformer, save_transformer
 from sana15.cli import main
 from sana15.files import DataError, read_json, staging
@@ -96,6 +97,41 @@ except ValueError as error:
     assert "dst exists" in out
     assert files_below(dst) == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
+
+
+def test_read_only_folders_are_opened_before_they_are_removed(tmp_path, monkeypatch):
+    """Root may remove them anyway; what anybody else needs are the modes."""
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir(mode=0o500)
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    folders = [tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"]
+    for folder in reversed(folders):
+        folder.chmod(0o500)
+    removed = []
+    monkeypatch.setattr(
+        files.shutil, "rmtree", lambda path: removed.append((path, [f.stat().st_mode & 0o777 for f in folders]))
+    )
+    files.remove_tree(tmp_path / "a")
+    assert removed == [(tmp_path / "a", [0o700] * 3)]
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o500
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    """The old one is moved aside first; where the new one cannot take its place, it comes back."""
+    save_transformer(source(), tmp_path / "dst")
+    before = files_below(tmp_path)
+    rename = checkpoint.os.replace
+
+    def failing(a, b):
+        if b == tmp_path / "dst" and "partial" in str(a):
+            raise OSError("no")
+        rename(a, b)
+
+    monkeypatch.setattr(checkpoint.os, "replace", failing)
+    with pytest.raises(OSError, match="no"):
+        save_transformer(source(3), tmp_path / "dst")
+    assert files_below(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["dst"]
 
 
 def test_json_that_is_too_deep_is_damaged(tmp_path):

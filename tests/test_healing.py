@@ -153,7 +153,8 @@ def test_lowers_the_loss_and_distillation_the_distance(tmp_path):
 def test_distillation_of_the_source_itself_is_nothing():
     """All blocks kept: no distance. Without the last block: that block's own change, over the variance."""
     pipe = Pipeline.from_pretrained("mini")
-    batch = next(iter(sana15.calibration(pipe, ["a red circle"], steps=2)))
+    batch = next(iter(sana15.calibration(pipe, ["a red circle", "a green ring left of a blue heart"], steps=2)))
+    assert not batch.mask.all()
     everything = list(range(12))
     for kept in (everything, everything[:-1]):
         student = sana15.prune(pipe.transformer, by="indices", indices=kept)
