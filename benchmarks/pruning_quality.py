@@ -4,7 +4,8 @@
 
 12 blocks to 8, 6 and 4 by each strategy; per seed (of calibration, choice and healing) the exact checker's score before
 pruning, after it and after 100 steps of healing, on the same prompts and noise. A cell (strategy, depth, seed) is one
-JSON file in OUT; what is there is not run again, so cells can be run in pieces and in any order.
+JSON file in OUT; what is there is not run again, so cells can be run in pieces and in any order, and one without its
+"healed" has the same blocks healed anew.
 """
 
 from __future__ import annotations
@@ -73,19 +74,22 @@ def chosen(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -
 
 def cell(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -> None:
     path = out / f"{by}-{keep}-{seed}.json"
-    if path.exists():
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if "healed" in result:
         return
-    kept = chosen(out, by, keep, seed, args)
+    if "kept" not in result:
+        result["kept"] = chosen(out, by, keep, seed, args)
+    kept = result["kept"]
     work = Path(tempfile.mkdtemp(dir=out, prefix=f"{by}-{keep}-{seed}-"))
     try:
-        result: dict[str, Any] = {"kept": kept}
         for name, heal in (("pruned", None), ("healed", Healing(args.heal, seed=seed, distill=args.distill))):
-            prune_folder("mini", work / name, by="indices", indices=kept, heal=heal)
-            result[name] = worth(work / name, args)
+            if name not in result:
+                prune_folder("mini", work / name, by="indices", indices=kept, heal=heal)
+                result[name] = worth(work / name, args)
+                with replacing(path) as partial:
+                    partial.write_text(json.dumps(result) + "\n")
     finally:
         shutil.rmtree(work)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(result) + "\n")
     print(f"{path.name}: kept {' '.join(map(str, kept))}", flush=True)
 
 
@@ -139,6 +143,7 @@ def report(out: Path, args: argparse.Namespace) -> str:
     for keep in args.keep:
         for by in args.by:
             cells = [json.loads(p.read_text()) for p in sorted(out.glob(f"{by}-{keep}-*.json"))]
+            cells = [c for c in cells if "healed" in c]
             if not cells:
                 continue
             numbers = recovered(whole, *(np.array([c[k] for c in cells]) for k in ("pruned", "healed")), tags)

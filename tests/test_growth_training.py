@@ -200,7 +200,7 @@ def test_rates_of_copied_and_new_blocks(tmp_path):
     assert rates["transformer.proj_out.weight"] == 1.0
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "came8bit"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "came8bit", "soap"])
 def test_a_run_takes_over_the_optimizer_states_of_the_run_before(kind, tmp_path):
     src = tiny_pipeline.make(tmp_path / "src")
     came = ["betas=[0.9, 0.999, 0.9999]"] if kind.startswith("came") else []

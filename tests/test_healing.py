@@ -1,5 +1,6 @@
 """Healing of pruned models: the training of `sana15 prune --heal`, and the distillation beside it."""
 
+import itertools
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from sana15.checkpoint import folder_weights, load_transformer, save_transformer
 from sana15.cli import main, parser
 from sana15.data import SceneBatches
 from sana15.files import DataError
-from sana15.healing import Distillation, Healing
+from sana15.healing import Distillation, Healing, counterparts
 from sana15.importance import batch_loss
 from sana15.pipeline import MINI, Pipeline
 from sana15.pruning import Choice
@@ -89,6 +90,7 @@ def test_what_healing_asks_of_the_training_loop(tmp_path, monkeypatch, distill, 
     c = config.transformer
     assert (c.distill, c.flow_weight, bool(c.teacher)) == (distill, flow, distill > 0)
     assert (c.noises, c.stratified, c.caption_drop, config.precision) == (3, True, 0.25, "bf16")
+    assert (config.optimizer, config.schedule, config.decay_part) == ("soap", "decay", 0.5)
     assert c.flow_shift == Pipeline.from_pretrained("mini").flow_shift
 
 
@@ -120,8 +122,8 @@ def test_the_loss_of_several_noise_levels_a_picture(tmp_path, flow):
 def test_documented_defaults():
     args = parser().parse_args(["prune", "mini", "out", "--heal"])
     assert (args.heal, args.count, args.steps, args.seed) == (100, 100, 20, 0)
-    assert Healing() == Healing(steps=100, lr=3e-3, batch_size=64, noises=2, distill=10.0, seed=0)
-    assert Healing(distill=0).lr == 5e-4
+    assert Healing() == Healing(steps=100, lr=1.5e-2, batch_size=64, noises=2, distill=10.0, seed=0)
+    assert Healing(distill=0).lr == 5e-3
 
 
 def test_lowers_the_loss_and_distillation_the_distance(tmp_path):
@@ -175,6 +177,36 @@ def test_distillation_of_the_source_itself_is_nothing():
         last = (before - after).square()[keep].mean() / after[keep].var()
         velocity = (ours - batch.velocity).square().mean().item()
         assert found == pytest.approx(last.item() / 11 + velocity, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kept", "layers", "wanted"),
+    [
+        (range(12), 12, range(12)),
+        ([0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], 12, [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]),  # as they stand
+        ([0, 2, 3, 5, 6, 8, 9, 11], 12, [1, 2, 4, 5, 7, 8, 10, 11]),
+        ([0, 1, 2, 3, 4, 5, 6, 7], 12, [0, 1, 2, 3, 5, 7, 9, 11]),
+        ([0, 1, 2, 3, 4, 6], 12, [1, 3, 5, 7, 9, 11]),
+        ([5], 12, [11]),
+        (range(0, 60, 3), 60, range(2, 60, 3)),
+    ],
+)
+def test_counterparts_of_known_choices(kept, layers, wanted):
+    assert counterparts(list(kept), layers) == list(wanted)
+
+
+def test_counterparts_are_the_best_of_all():
+    for layers, n in ((7, 3), (8, 5), (9, 4)):
+        for kept in itertools.combinations(range(layers), n):
+
+            def cost(ends, kept=kept):
+                starts = (0, *ends[:-1])
+                spans = sum((a - b) ** 2 for a, b in zip(ends, starts))
+                return spans, sum((a - b) ** 2 for a, b in zip(starts, kept))
+
+            found = tuple(i + 1 for i in counterparts(kept, layers))
+            ends = ((*inner, layers) for inner in itertools.combinations(range(1, layers), n - 1))
+            assert cost(found) == min(map(cost, ends))
 
 
 def test_the_text_encoder_is_not_trained_along(tmp_path, monkeypatch):

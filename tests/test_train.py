@@ -34,7 +34,7 @@ def test_autoencoder_learns_and_exports(autoencoder):
     assert 0.5 < latents.std() < 2.0  # the scaling factor gives about unit variance
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "came8bit", "came"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "came8bit", "came", "soap"])
 def test_an_interrupted_run_ends_with_the_same_weights(optimizer, tmp_path):
     betas = "betas=[0.9,0.999,0.9999]" if "came" in optimizer else "betas=[0.9,0.99]"
     common = [*TINY, f"optimizer={optimizer}", betas, "task=autoencoder", "steps=6", "seed=3"]
@@ -116,7 +116,7 @@ def test_config_files_and_overrides(tmp_path):
         (["steps=many"], "steps must be int"),
         (["steps=0"], "steps must be at least 1"),
         (["precision=fp8"], "precision must be one of"),
-        (["optimizer=sgd"], "optimizer must be one of adamw, adamw8bit, came8bit, came, got 'sgd'"),
+        (["optimizer=sgd"], "optimizer must be one of adamw, adamw8bit, came8bit, came, soap, got 'sgd'"),
         (["optimizer=came8bit"], "betas must be 3 numbers for came8bit, got"),
         (["lr"], "must have the form key=value"),
         (["betas=[1"], "the value is not valid YAML"),

@@ -25,7 +25,8 @@ STEPS = 100  # the paper's
 BATCH = 64
 NOISES = 2
 DISTILL = 10.0
-LR, PLAIN_LR = 3e-3, 5e-4  # with distillation, and without: measured on the mini model, docs/pruning.md
+LR, PLAIN_LR = 1.5e-2, 5e-3  # with distillation, and without: measured on the mini model, docs/pruning.md
+DECAY_PART = 0.5  # of the steps, in which the learning rate falls to zero
 CAPTION_DROP = 0.25  # guidance subtracts the unconditional branch, so its errors count nearly as much as the other's
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
 
@@ -82,13 +83,36 @@ def flow_steps(
         optimizer.zero_grad(set_to_none=True)
 
 
+def counterparts(kept: Sequence[int], layers: int) -> list[int]:
+    """For each kept block the source's block whose output its own is to become; the last has the source's last.
+
+    The missing blocks' work is spread evenly: the sum of squared numbers of source blocks per kept block is as small as it
+    can be. Of the ways to do that, each block gets input as near as possible (squared distance in blocks) to what it was
+    trained on. Kept blocks 0 1 2 3 of 12 become 2 5 8 11, and 0 2 3 5 of 6 stay before the next ones: 1 2 4 5.
+    """
+    n = len(kept)
+    small, larger = divmod(layers, n)  # `larger` blocks do the work of small + 1, the others of small
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # by larger ones so far: misplacement, depths after each block
+    for j in range(n):
+        reached: dict[int, tuple[int, list[int]]] = {}
+        for count, (cost, depths) in best.items():
+            depth = depths[-1] if depths else 0
+            for more in (0, 1):
+                if count + more <= larger and larger - count - more <= n - 1 - j:
+                    found = (cost + (depth - kept[j]) ** 2, [*depths, depth + small + more])
+                    if count + more not in reached or found < reached[count + more]:
+                        reached[count + more] = found
+        best = reached
+    return [depth - 1 for depth in best[larger][1]]
+
+
 class Distillation:
     """The distance of a pruned model's activations from its source's, on the input that the pruned model has just had.
 
-    Mean squared difference of the velocities, plus the mean over blocks of this: what a kept block hands to the next kept one
-    against what the source's blocks hand to that one, mean squared difference over the source's variance, activations
-    beyond MASKED standard deviations left out on both sides. A few activations of diffusion transformers are hundreds of
-    times larger than the others, and plain distillation fits those.
+    Mean squared difference of the velocities, plus the mean over blocks of this: a kept block's output against its
+    counterpart's, mean squared difference over the source's variance, activations beyond MASKED standard deviations left
+    out on both sides. A few activations of diffusion transformers are hundreds of times larger than the others, and plain
+    distillation fits those.
 
     Args:
         student: the pruned model; it is given hooks. teacher: its source. kept: the teacher's blocks in the student.
@@ -108,8 +132,7 @@ class Distillation:
         student.register_forward_hook(lambda _, inputs, output: setattr(self, "velocity", output))
         for block in student.transformer_blocks:
             block.register_forward_hook(lambda _, inputs, outputs: self.student_features.append(outputs[0]))
-        last = [i - 1 for i in kept[1:]] + [teacher.config.num_layers - 1]  # what stands before the next kept block
-        for i in last:
+        for i in counterparts(kept, teacher.config.num_layers):
             teacher.transformer_blocks[i].register_forward_hook(
                 lambda _, inputs, outputs: self.teacher_features.append(outputs[0])
             )
@@ -138,7 +161,7 @@ class Healing:
 
     Args:
         steps: of training, of batch_size rendered scenes each, each scene at `noises` noise levels.
-        lr: AdamW's; it falls to zero over the last fifth of the steps. None: LR, without distillation PLAIN_LR.
+        lr: SOAP's; it falls to zero over the second half of the steps. None: LR, without distillation PLAIN_LR.
         distill: weight of the distillation of the source's features and velocity, in the place of the flow loss; 0: the flow
             loss. Known features are a far less noisy target than random noise, which is what counts in 100 steps.
     """
@@ -198,7 +221,8 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix="healing-") as run:
         config = TrainConfig(
             out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=healing.rate,
-            warmup=max(1, steps // 10), schedule="decay", ema=0.9, precision="bf16", save_every=steps, keep=1,
+            optimizer="soap", warmup=max(1, steps // 10), schedule="decay", decay_part=DECAY_PART, ema=0.9,
+            precision="bf16", save_every=steps, keep=1,
             sample_every=steps + 1, sample_steps=1, transformer=transformer,
         )  # fmt: skip
         made = train(config)

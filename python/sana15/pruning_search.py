@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from .healing import PLAIN_LR, flow_steps, trainable_copy
+from .healing import flow_steps, trainable_copy
 from .importance import batch_loss, chosen_blocks
 from .model import SanaTransformer
 from .pruning import Choice
 from .trajectory import CalibrationBatch
 
 Score = Callable[[list[int]], float]
+TRIAL_LR = 5e-4  # of AdamW on the flow loss
 
 
 def greedy(layers: int, keep: int, candidates: int, quick: Score, slow: Score) -> tuple[list[int], list[int]]:
@@ -53,7 +54,7 @@ def search(
     seed: int = 0,
     candidates: int = 4,
     heal_steps: int = 20,
-    lr: float = PLAIN_LR,
+    lr: float = TRIAL_LR,
     flow_shift: float = 3.0,
 ) -> Choice:
     """Greedy choice of blocks by the flow loss after `heal_steps` of healing.

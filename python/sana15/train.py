@@ -26,6 +26,7 @@ import sana_ext.optim
 from .data import Batch, scene_batches
 from .files import DataError
 from .growth_training import set_learning_rates
+from .soap import SOAP
 from .train_checkpoints import resume, save, take_over
 from .train_config import TrainConfig, load_config
 
@@ -66,16 +67,12 @@ class Average:
         return before
 
 
-#: Part of the steps over which the schedule `decay` lowers the learning rate to zero.
-DECAY_PART = 0.2
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / max(config.warmup, 1))
     if config.schedule == "constant":
         return config.lr * warm
     if config.schedule == "decay":  # `steps` may still change until the decay begins
-        return config.lr * warm * min(1.0, (config.steps - step) / (DECAY_PART * config.steps))
+        return config.lr * warm * min(1.0, (config.steps - step) / (config.decay_part * config.steps))
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1.0)))
 
 
@@ -144,6 +141,8 @@ def _optimizer(config: TrainConfig, parameters: list[dict[str, Any]]) -> torch.o
         return torch.optim.AdamW(parameters, **shared, fused=True)
     if config.optimizer == "adamw8bit":
         return sana_ext.optim.AdamW8bit(parameters, **shared)
+    if config.optimizer == "soap":
+        return SOAP(parameters, **shared)
     return sana_ext.optim.CAME8bit(parameters, **shared, **({"code": None} if config.optimizer == "came" else {}))
 
 

@@ -79,9 +79,10 @@ class TrainConfig:
     lr: float = 1e-3
     warmup: int = 200  # steps of linear warm-up
     schedule: str = (
-        "constant"  # constant | cosine | decay (constant, then linearly to 0 in the last fifth of the steps)
+        "constant"  # constant | cosine | decay (constant, then linearly to 0 in the last part of the steps)
     )
-    optimizer: str = "adamw"  # adamw | adamw8bit | came8bit | came (the same with an fp32 first moment)
+    decay_part: float = 0.2  # of the steps, for the schedule `decay`
+    optimizer: str = "adamw"  # adamw | adamw8bit | came8bit | came (the same with an fp32 first moment) | soap
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # three for CAME
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # global norm; 0 switches clipping off
@@ -104,12 +105,14 @@ class TrainConfig:
         for name, allowed in {
             "task": ("transformer", "autoencoder", "text"),
             "schedule": ("constant", "cosine", "decay"),
-            "optimizer": ("adamw", "adamw8bit", "came8bit", "came"),
+            "optimizer": ("adamw", "adamw8bit", "came8bit", "came", "soap"),
             "precision": ("fp32", "bf16"),
             "device": ("auto", "cpu", "cuda"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0 < self.decay_part <= 1:
+            raise ValueError(f"decay_part must be above 0 and at most 1, got {self.decay_part}")
         expected = 3 if self.optimizer.startswith("came") else 2
         if len(self.betas) != expected:
             raise ValueError(f"betas must be {expected} numbers for {self.optimizer}, got {self.betas}")

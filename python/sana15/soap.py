@@ -1,0 +1,116 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (arXiv:2409.11321), for short trainings such as healing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIDES = ("left", "right")
+
+
+class SOAP(torch.optim.Optimizer):
+    """Adam on gradients that are turned into the eigenbasis of their second moments, matrix by matrix.
+
+    A parameter is a matrix [first axis, all others]. Both sides are turned where they measure `smallest` to `largest`;
+    otherwise (biases, depthwise convolutions, tables) the parameter gets plain Adam. Per matrix [m, n] the state is
+    2 (m m + n n + m n) numbers and a step costs about 8 (m + n) m n FLOPs: it pays where a step's gradient costs
+    far more than that, and steps are few.
+
+    The first step is Adam's: its gradient makes the basis for the second (the paper's first step does not move). The moment
+    is kept unturned, so that it stays right when the basis changes, and is turned in every step.
+
+    Args:
+        lr, betas, eps, weight_decay: as AdamW's.
+        basis_beta: of the exponential means of G G^T and G^T G.
+        every: steps from one refresh of the basis (a power iteration and a QR) to the next; the first three all refresh it.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        basis_beta: float = 0.9,
+        every: int = 5,
+        smallest: int = 16,
+        largest: int = 1024,
+    ) -> None:
+        if not lr >= 0 or not eps > 0 or not weight_decay >= 0:
+            raise ValueError(f"lr and weight_decay must be at least 0 and eps above 0, got {lr}, {weight_decay}, {eps}")
+        if len(betas) != 2 or not all(0 <= b < 1 for b in (*betas, basis_beta)):
+            raise ValueError(f"betas and basis_beta must be in [0, 1), got {betas} and {basis_beta}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.smallest, self.largest = smallest, largest
+        shared = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, shared | {"basis_beta": basis_beta, "every": every})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad.float().reshape(len(p) if p.dim() else 1, -1), group)
+        return loss
+
+    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        state["step"] += 1
+        step, (beta1, beta2) = int(state["step"]), group["betas"]
+        turns = all(self.smallest <= size <= self.largest for size in gradient.shape)
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        moment, turned = state["exp_avg"], gradient
+        if "gram_left" in state:
+            left, right = state["basis_left"], state["basis_right"]
+            moment, turned = left.T @ moment @ right, left.T @ gradient @ right
+        state["exp_avg_sq"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
+        update = moment / (1 - beta1**step)
+        update /= (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        if turns and step == 1:
+            _begin(state, gradient, 1 - beta2)
+        elif turns:
+            update = left @ update @ right.T
+            _refresh(state, gradient, group["basis_beta"], turn=step % group["every"] == 0 or step <= 3)
+        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
+
+
+def _grams(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient @ gradient.T, gradient.T @ gradient
+
+
+def _begin(state: dict[str, Tensor], gradient: Tensor, weight: float) -> None:
+    """The first basis, and Adam's squares in it. Before, in the gradient's own basis, most of them would be rounding errors."""
+    for side, gram in zip(SIDES, _grams(gradient)):
+        state[f"gram_{side}"], state[f"basis_{side}"] = gram, torch.linalg.eigh(gram).eigenvectors.flip(1)
+    state["exp_avg_sq"] = (state["basis_left"].T @ gradient @ state["basis_right"]).square_().mul_(weight)
+
+
+def _refresh(state: dict[str, Tensor], gradient: Tensor, beta: float, turn: bool) -> None:
+    """Takes the gradient into the means; with `turn` one power iteration moves each basis towards their eigenvectors.
+
+    Eigenvectors are sorted by falling eigenvalue first, and Adam's squares with them: each direction keeps its own.
+    """
+    for axis, (side, gram) in enumerate(zip(SIDES, _grams(gradient))):
+        mean = state[f"gram_{side}"].lerp_(gram, 1 - beta)
+        if turn:
+            basis = state[f"basis_{side}"]
+            order = (basis * (mean @ basis)).sum(0).argsort(descending=True, stable=True)
+            state["exp_avg_sq"] = state["exp_avg_sq"].index_select(axis, order)
+            state[f"basis_{side}"] = torch.linalg.qr(mean @ basis[:, order]).Q
