@@ -55,7 +55,7 @@ def test_trains_the_transformer_and_nothing_else(tmp_path):
     assert others(healed) == others(plain)
     settings = json.loads((healed / "sana15.json").read_text())
     assert settings["pruning"]["kept"] == KEPT
-    assert Healing(**settings["pruning"]["healing"]) == QUICK
+    assert Healing(**settings["pruning"]["healing"]) == QUICK.for_depths(12, 8)
     assert settings["guidance"] == json.loads((MINI / "sana15.json").read_text())["guidance"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "healed", "other", "plain"]
     Pipeline.from_pretrained(healed)("a red circle", steps=2)
@@ -90,7 +90,8 @@ def test_what_healing_asks_of_the_training_loop(tmp_path, monkeypatch, distill, 
     c = config.transformer
     assert (c.distill, c.flow_weight, bool(c.teacher)) == (distill, flow, distill > 0)
     assert (c.noises, c.stratified, c.caption_drop, config.precision) == (3, True, 0.25, "bf16")
-    assert (config.optimizer, config.schedule, config.decay_part) == ("soap", "decay", 0.5)
+    assert (config.optimizer, config.schedule, config.decay_part) == ("soap", "decay", 0.3)
+    assert config.lr == pytest.approx(2.5e-3 * (12 / 8) ** 2 if distill else 5e-3)
     assert c.flow_shift == Pipeline.from_pretrained("mini").flow_shift
 
 
@@ -122,8 +123,11 @@ def test_the_loss_of_several_noise_levels_a_picture(tmp_path, flow):
 def test_documented_defaults():
     args = parser().parse_args(["prune", "mini", "out", "--heal"])
     assert (args.heal, args.count, args.steps, args.seed) == (100, 100, 20, 0)
-    assert Healing() == Healing(steps=100, lr=1.5e-2, batch_size=64, noises=2, distill=10.0, seed=0)
-    assert Healing(distill=0).lr == 5e-3
+    assert Healing() == Healing(steps=100, lr=None, batch_size=64, noises=2, distill=10.0, seed=0)
+    assert Healing().for_depths(12, 6) == Healing(lr=1e-2)
+    assert Healing().for_depths(60, 20).lr == pytest.approx(2.25e-2)
+    assert Healing(distill=0).for_depths(12, 6).lr == 5e-3
+    assert Healing(lr=1e-4).for_depths(12, 6).lr == 1e-4
 
 
 def test_lowers_the_loss_and_distillation_the_distance(tmp_path):

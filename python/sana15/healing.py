@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ STEPS = 100  # the paper's
 BATCH = 64
 NOISES = 2
 DISTILL = 10.0
-LR, PLAIN_LR = 1.5e-2, 5e-3  # with distillation, and without: measured on the mini model, docs/pruning.md
-DECAY_PART = 0.5  # of the steps, in which the learning rate falls to zero
+LR, PLAIN_LR = 2.5e-3, 5e-3  # with distillation (times (layers / kept) squared), and without: docs/pruning.md
+DECAY_PART = 0.3  # of the steps, in which the learning rate falls to zero
 CAPTION_DROP = 0.25  # guidance subtracts the unconditional branch, so its errors count nearly as much as the other's
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
 
@@ -161,7 +161,7 @@ class Healing:
 
     Args:
         steps: of training, of batch_size rendered scenes each, each scene at `noises` noise levels.
-        lr: SOAP's; it falls to zero over the second half of the steps. None: LR, without distillation PLAIN_LR.
+        lr: SOAP's; it falls to zero over the last DECAY_PART of the steps. None: see `for_depths`.
         distill: weight of the distillation of the source's features and velocity, in the place of the flow loss; 0: the flow
             loss. Known features are a far less noisy target than random noise, which is what counts in 100 steps.
     """
@@ -174,18 +174,20 @@ class Healing:
     noises: int = NOISES
 
     def __post_init__(self) -> None:
-        if self.lr is None:
-            object.__setattr__(self, "lr", LR if self.distill else PLAIN_LR)
         if self.steps < 1 or self.batch_size < 1 or self.noises < 1:
             raise ValueError(f"healing takes at least one step of one picture, got {self.steps} of {self.batch_size}")
         check_training_seed(self.seed)
-        if not self.rate > 0 or not self.distill >= 0:
+        if (self.lr is not None and not self.lr > 0) or not self.distill >= 0:
             raise ValueError(f"healing's lr must be above 0 and distill at least 0, got {self.lr} and {self.distill}")
 
-    @property
-    def rate(self) -> float:
-        """`lr`, which is a number from the start on."""
-        return LR if self.lr is None else self.lr
+    def for_depths(self, layers: int, kept: int) -> Healing:
+        """With an `lr`: where there is none, PLAIN_LR without distillation, and with it LR times (layers / kept) squared.
+
+        The more of its neighbours' work a block has to learn, the farther its weights have to go in the same steps.
+        """
+        if self.lr is not None:
+            return self
+        return replace(self, lr=LR * (layers / kept) ** 2 if self.distill else PLAIN_LR)
 
 
 def require_healable(text: Any) -> None:
@@ -211,6 +213,7 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
 
     pipe = Pipeline.from_pretrained(folder)
     require_healable(pipe.text)
+    kept, layers = pipe.config.num_layers, ModelFolder(teacher).config.num_layers
     transformer = TransformerConfig(
         autoencoder=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), start=str(folder),
         flow_shift=pipe.flow_shift, teacher=str(teacher) if healing.distill else "", distill=healing.distill,
@@ -220,7 +223,7 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
     steps = healing.steps
     with tempfile.TemporaryDirectory(dir=folder, prefix="healing-") as run:
         config = TrainConfig(
-            out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=healing.rate,
+            out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=healing.for_depths(layers, kept).lr,
             optimizer="soap", warmup=max(1, steps // 10), schedule="decay", decay_part=DECAY_PART, ema=0.9,
             precision="bf16", save_every=steps, keep=1,
             sample_every=steps + 1, sample_steps=1, transformer=transformer,

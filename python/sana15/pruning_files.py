@@ -96,6 +96,7 @@ def prune_folder(
         return whole
 
     if heal is not None:
+        heal = heal.for_depths(layers, len(choice.kept))
         settings["pruning"]["healing"] = dataclasses.asdict(heal)
     origin.rewrite(target, config, pruned, settings, shard_bytes=shard_bytes, finish=healed)
     return choice
