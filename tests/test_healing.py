@@ -148,12 +148,12 @@ def test_lowers_the_loss_and_distillation_the_distance(tmp_path):
         return total
 
     folders = [tmp_path / name for name in ("plain", "healed", "distilled")]
-    for folder, heal in zip(folders, (None, Healing(25, batch_size=16, distill=0), Healing(25, batch_size=16))):
+    for folder, heal in zip(folders, (None, Healing(50, batch_size=16, distill=0), Healing(50, batch_size=16))):
         prune_folder("mini", folder, by="indices", indices=KEPT, heal=heal)
     plain, healed, distilled = map(loss, folders)
     assert healed < plain
     assert distilled < plain
-    assert distance(folders[2]) < 0.9 * distance(folders[1])
+    assert distance(folders[2]) < 0.7 * distance(folders[1])
 
 
 def test_distillation_of_the_source_itself_is_nothing():

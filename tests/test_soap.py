@@ -107,6 +107,18 @@ def test_goes_on_from_its_state():
     assert torch.equal(whole, p.detach())
 
 
+def test_lets_nan_through_as_adam_does():
+    grads = gradients(2, 16, 16)
+    grads[0][3, 3] = torch.nan
+    found, _ = run(torch.nn.Parameter(torch.ones(16, 16)), grads)
+    assert found.isnan().any()
+
+
+def test_refuses_other_dtypes():
+    with pytest.raises(TypeError, match="bfloat16"):
+        SOAP([torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))])
+
+
 @pytest.mark.parametrize(
     "options", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"basis_beta": 1.0}, {"every": 0}, {"eps": 0.0}]
 )

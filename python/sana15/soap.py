@@ -28,7 +28,7 @@ class SOAP(torch.optim.Optimizer):
         every: steps from one refresh of the basis (a power iteration and a QR) to the next; the first three all refresh it.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range. TypeError: parameters that are not fp32.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class SOAP(torch.optim.Optimizer):
         self.smallest, self.largest = smallest, largest
         shared = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, shared | {"basis_beta": basis_beta, "every": every})
+        if other := {p.dtype for g in self.param_groups for p in g["params"]} - {torch.float32}:
+            raise TypeError(f"SOAP trains fp32 parameters, got {', '.join(map(str, other))}")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
@@ -64,7 +66,7 @@ class SOAP(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad.float().reshape(len(p) if p.dim() else 1, -1), group)
+                    self._update(p, p.grad.reshape(len(p) if p.dim() else 1, -1), group)
         return loss
 
     def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -98,7 +100,8 @@ def _grams(gradient: Tensor) -> tuple[Tensor, Tensor]:
 def _begin(state: dict[str, Tensor], gradient: Tensor, weight: float) -> None:
     """The first basis, and Adam's squares in it. Before, in the gradient's own basis, most of them would be rounding errors."""
     for side, gram in zip(SIDES, _grams(gradient)):
-        state[f"gram_{side}"], state[f"basis_{side}"] = gram, torch.linalg.eigh(gram).eigenvectors.flip(1)
+        finite = gram.nan_to_num(0, 0, 0)  # eigh raises otherwise; like Adam, this lets NaN through to the weights
+        state[f"gram_{side}"], state[f"basis_{side}"] = gram, torch.linalg.eigh(finite).eigenvectors.flip(1)
     state["exp_avg_sq"] = (state["basis_left"].T @ gradient @ state["basis_right"]).square_().mul_(weight)
 
 
