@@ -110,6 +110,23 @@ def test_added_norms_start_without_state():
     assert equal(after[name], by_name(optimizer, model)[name])
 
 
+def test_a_targets_groups_and_settings_stay():
+    model = source(2)
+    optimizer = stepped(model, torch.optim.AdamW(model.named_parameters(), lr=1e-3))
+    big = sana15.grow(model, 4, keep=2)
+    first, others = [], []
+    for name, parameter in big.named_parameters():
+        (first if "_blocks.0." in name else others).append((name, parameter))
+    new = torch.optim.AdamW([{"params": others, "lr": 3e-4}, {"params": first, "lr": 7e-5}], weight_decay=0.3)
+    new.load_state_dict(sana15.grow_optimizer_state(optimizer.state_dict(), big.growth_map, target=new.state_dict()))
+    assert [(g["lr"], g["weight_decay"], g["param_names"]) for g in new.param_groups] == [
+        (3e-4, 0.3, [name for name, _ in others]),
+        (7e-5, 0.3, [name for name, _ in first]),
+    ]
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    assert equal(by_name(new, big)[name], by_name(optimizer, model)[name])
+
+
 def test_states_that_cannot_be_matched_are_refused():
     model = source(2)
     plain = stepped(model, torch.optim.AdamW(model.parameters()), 1).state_dict()

@@ -9,7 +9,7 @@ import torch
 
 import sana15
 from sana15 import flow as flow_of
-from sana15 import pruning_files, pruning_search
+from sana15 import importance_report, pruning_files, pruning_search
 from sana15 import train as training
 from sana15.checkpoint import folder_weights, load_transformer, save_transformer
 from sana15.cli import main, parser
@@ -22,6 +22,7 @@ from sana15.pruning import Choice
 from sana15.pruning_files import prune_folder
 from sana15.train_config import load_config
 from sana15.train_tasks import TransformerTask
+from sana15.trajectory import calibration_prompts
 
 KEPT = [0, 1, 3, 4, 6, 8, 9, 11]
 QUICK = Healing(steps=2, batch_size=2)
@@ -237,6 +238,30 @@ def test_an_interrupted_healing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prune_folder("mini", tmp_path / "out", by="indices", indices=KEPT, heal=QUICK)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["prune", "importance"])
+def test_what_the_commands_measure_on(tmp_path, monkeypatch, command):
+    """--count, --seed, --steps and --batch-size reach the calibration; pruning's record names them."""
+    seen = []
+    module = {"prune": pruning_files, "importance": importance_report}[command]
+    original = module.calibration
+
+    def watched(pipe, prompts, **options):
+        seen.append((list(prompts), options))
+        return original(pipe, prompts, **options)
+
+    monkeypatch.setattr(module, "calibration", watched)
+    numbers = ["--count", "3", "--seed", "5", "--steps", "2", "--batch-size", "2"]
+    target = str(tmp_path / "out")
+    rest = ["mini", target, "--keep", "11"] if command == "prune" else ["mini", "--out", target, "--no-loss"]
+    assert main([command, *rest, *numbers]) == 0
+    wanted = calibration_prompts(Pipeline.from_pretrained("mini"), None, 3, 5)
+    assert seen == [(wanted, {"steps": 2, "seed": 5, "batch_size": 2})]
+    if command == "prune":
+        record = json.loads((tmp_path / "out" / "sana15.json").read_text())["pruning"]
+        assert record["seed"] == 5
+        assert record["calibration"] == {"prompts": None, "count": 3, "steps": 2}
 
 
 def test_search_and_learned_get_the_models_flow_shift(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from test_growth import run_python
 from test_pruning import idle  # noqa: F401, a fixture
 
 import sana15
-from sana15 import flow
+from sana15 import flow, pruning_learned
 from sana15.healing import Distillation, flow_steps
 from sana15.importance import chosen_blocks
 from sana15.pruning import choose
@@ -136,6 +136,31 @@ def test_flow_steps_take_the_models_noise_levels_and_timesteps(idle, flow_shift)
         assert torch.equal(timesteps, (sigma * 1000).floor() * 0.5)
 
 
+def test_learned_draws_with_gumbel_noise_that_depends_on_the_seed(idle, monkeypatch):  # noqa: F811
+    """In the long run each way is drawn as often as its odds say (3 to 1 here), and a seed repeats its draws."""
+    model, batches = idle
+    drawn: dict[int, list[list[float]]] = {}
+    ranks, rates = set(), set()
+
+    def watched(supernet, parameters, healing, steps, *, seed, before, **options):
+        ranks.update(min(p.shape) for p in parameters[0]["params"])
+        rates.add(tuple(group["lr"] for group in parameters))
+        for odds in parameters[1]["params"]:
+            odds.data[0] = math.log(3)
+        for step in range(steps):
+            before(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
+            drawn.setdefault(seed, []).append([round(float(b.gate), 5) for b in supernet.transformer_blocks])
+
+    monkeypatch.setattr(pruning_learned, "flow_steps", watched)
+    for seed in (0, 1, 0):
+        sana15.prune(model, 3, "learned", batches=batches, steps=300, group=2, rank=3, lr=0.01, odds_lr=0.2, seed=seed)
+    assert (ranks, rates) == ({3}, {(0.01, 0.2)})
+    first, again, other = drawn[0][:300], drawn[0][300:], drawn[1]
+    assert first == again != other
+    assert all(set(row) == {0.0, 1.0} and sum(row) == 3 for row in first)
+    assert torch.tensor(first).mean(0).tolist() == pytest.approx([0.75, 0.25] * 3, abs=0.08)
+
+
 @pytest.mark.parametrize(
     ("by", "options", "message"),
     [
@@ -188,7 +213,7 @@ def test_flow_steps_lower_the_loss_and_repeat(idle):  # noqa: F811
 # Distillation
 
 
-def test_distillation_compares_with_what_stood_before_the_next_kept_block(idle):  # noqa: F811
+def test_distillation_compares_with_the_counterparts(idle):  # noqa: F811
     model, batches = idle
     kept = [0, 3, 5]
     small = sana15.prune(model, by="indices", indices=kept)
@@ -205,7 +230,7 @@ def test_distillation_compares_with_what_stood_before_the_next_kept_block(idle):
         for hook in hooks:
             hook.remove()
     terms = []
-    for a, t in zip(ours, (theirs[2], theirs[4], theirs[5])):
+    for a, t in zip(ours, (theirs[1], theirs[3], theirs[5])):
         keep = (t - t.mean()).abs() <= 3 * t.std()
         assert not keep.all()  # something is masked
         terms.append((a - t)[keep].square().mean() / t[keep].var())

@@ -41,7 +41,8 @@ def prune_folder(
 ) -> Choice:
     """A pruned model from a transformer folder or a whole pipeline folder in diffusers' layout.
 
-    Other parts of a pipeline are copied. The kept blocks are recorded under `pruning` in the target's sana15.json.
+    Other parts of a pipeline are copied. The kept blocks, and what they were chosen on, are recorded under `pruning` in the
+    target's sana15.json.
 
     Args:
         source: a folder; or "mini".
@@ -88,6 +89,9 @@ def prune_folder(
     )
     config = pruned_config(origin.config, choice.kept)
     settings = _recorded(origin.settings(), choice, layers)
+    if batches is not None:
+        measured = {"prompts": prompts, "count": len(chosen), "steps": sampling_steps}
+        settings["pruning"] |= {"seed": seed, "calibration": measured}
     pruned = grown_weights(weights, config, choice.kept, seed=0)
 
     def healed(whole: Path, transformer: Path) -> Path:
