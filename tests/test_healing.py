@@ -56,7 +56,7 @@ def test_trains_the_transformer_and_nothing_else(tmp_path):
     assert others(healed) == others(plain)
     settings = json.loads((healed / "sana15.json").read_text())
     assert settings["pruning"]["kept"] == KEPT
-    assert Healing(**settings["pruning"]["healing"]) == QUICK.for_depths(12, 8)
+    assert Healing(**settings["pruning"]["healing"]) == QUICK.for_kept(KEPT, 12)
     assert settings["guidance"] == json.loads((MINI / "sana15.json").read_text())["guidance"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "healed", "other", "plain"]
     Pipeline.from_pretrained(healed)("a red circle", steps=2)
@@ -92,7 +92,7 @@ def test_what_healing_asks_of_the_training_loop(tmp_path, monkeypatch, distill, 
     assert (c.distill, c.flow_weight, bool(c.teacher)) == (distill, flow, distill > 0)
     assert (c.noises, c.stratified, c.caption_drop, config.precision) == (3, True, 0.25, "bf16")
     assert (config.optimizer, config.schedule, config.decay_part) == ("soap", "decay", 0.3)
-    assert config.lr == pytest.approx(2.5e-3 * (12 / 8) ** 2 if distill else 5e-3)
+    assert config.lr == Healing(distill=distill).for_kept(KEPT, 12).lr
     assert c.flow_shift == Pipeline.from_pretrained("mini").flow_shift
 
 
@@ -125,10 +125,22 @@ def test_documented_defaults():
     args = parser().parse_args(["prune", "mini", "out", "--heal"])
     assert (args.heal, args.count, args.steps, args.seed) == (100, 100, 20, 0)
     assert Healing() == Healing(steps=100, lr=None, batch_size=64, noises=2, distill=10.0, seed=0)
-    assert Healing().for_depths(12, 6) == Healing(lr=1e-2)
-    assert Healing().for_depths(60, 20).lr == pytest.approx(2.25e-2)
-    assert Healing(distill=0).for_depths(12, 6).lr == 5e-3
-    assert Healing(lr=1e-4).for_depths(12, 6).lr == 1e-4
+    assert Healing(distill=0).for_kept([0, 1, 2, 3, 4, 6], 12).lr == 5e-3
+    assert Healing(lr=1e-4).for_kept([0, 1, 2, 3, 4, 6], 12).lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kept", "distance"),
+    [
+        (range(12), 1),
+        ([0, 2, 3, 5, 6, 8, 9, 11], (4 * 4 + 4 * 1) / 8),  # counterparts as they stand
+        ([0, 1, 2, 3, 4, 5, 6, 7], (4 * 4 + 4 * 1 + 1 + 4 + 9) / 8),
+        ([0, 1, 2, 3, 4, 6], (6 * 4 + 0 + 1 + 4 + 9 + 16 + 16) / 6),
+        ([0, 1, 2, 3], 2e-2 / 1.6e-3),  # the limit
+    ],
+)
+def test_the_rate_follows_the_distance(kept, distance):
+    assert Healing().for_kept(list(kept), 12).lr == pytest.approx(1.6e-3 * distance)
 
 
 def test_lowers_the_loss_and_distillation_the_distance(tmp_path):

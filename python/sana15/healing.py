@@ -25,7 +25,7 @@ STEPS = 100  # the paper's
 BATCH = 64
 NOISES = 2
 DISTILL = 10.0
-LR, PLAIN_LR = 2.5e-3, 5e-3  # with distillation (times (layers / kept) squared), and without: docs/pruning.md
+LR, LR_LIMIT, PLAIN_LR = 1.6e-3, 2e-2, 5e-3  # with distillation (see Healing.for_kept), and without: docs/pruning.md
 DECAY_PART = 0.3  # of the steps, in which the learning rate falls to zero
 CAPTION_DROP = 0.25  # guidance subtracts the unconditional branch, so its errors count nearly as much as the other's
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
@@ -163,7 +163,7 @@ class Healing:
 
     Args:
         steps: of training, of batch_size rendered scenes each, each scene at `noises` noise levels.
-        lr: SOAP's; it falls to zero over the last DECAY_PART of the steps. None: see `for_depths`.
+        lr: SOAP's; it falls to zero over the last DECAY_PART of the steps. None: see `for_kept`.
         distill: weight of the distillation of the source's features and velocity, in the place of the flow loss; 0: the flow
             loss. Known features are a far less noisy target than random noise, which is what counts in 100 steps.
     """
@@ -182,14 +182,20 @@ class Healing:
         if (self.lr is not None and not self.lr > 0) or not self.distill >= 0:
             raise ValueError(f"healing's lr must be above 0 and distill at least 0, got {self.lr} and {self.distill}")
 
-    def for_depths(self, layers: int, kept: int) -> Healing:
-        """With an `lr`: where there is none, PLAIN_LR without distillation, and with it LR times (layers / kept) squared.
+    def for_kept(self, kept: Sequence[int], layers: int) -> Healing:
+        """With an `lr`: where there is none, PLAIN_LR without distillation, and with it LR times a distance, to LR_LIMIT.
 
-        The more of its neighbours' work a block has to learn, the farther its weights have to go in the same steps.
+        The distance is the mean over kept blocks of a^2 + b^2: a source blocks whose work it learns to do, from an input b
+        blocks away from the one it was trained on. The larger it is, the farther the weights have to go in the same steps.
         """
         if self.lr is not None:
             return self
-        return replace(self, lr=LR * (layers / kept) ** 2 if self.distill else PLAIN_LR)
+        if not self.distill:
+            return replace(self, lr=PLAIN_LR)
+        ends = [i + 1 for i in counterparts(kept, layers)]
+        starts = [0, *ends[:-1]]
+        squares = [(end - start) ** 2 + (start - i) ** 2 for start, end, i in zip(starts, ends, kept)]
+        return replace(self, lr=min(LR_LIMIT, LR * sum(squares) / len(kept)))
 
 
 def require_healable(text: Any) -> None:
@@ -215,7 +221,8 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
 
     pipe = Pipeline.from_pretrained(folder)
     require_healable(pipe.text)
-    kept, layers = pipe.config.num_layers, ModelFolder(teacher).config.num_layers
+    rate = healing.for_kept(kept_of(folder), ModelFolder(teacher).config.num_layers).lr
+    assert rate is not None
     transformer = TransformerConfig(
         autoencoder=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), start=str(folder),
         flow_shift=pipe.flow_shift, teacher=str(teacher) if healing.distill else "", distill=healing.distill,
@@ -225,7 +232,7 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
     steps = healing.steps
     with tempfile.TemporaryDirectory(dir=folder, prefix="healing-") as run:
         config = TrainConfig(
-            out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=healing.for_depths(layers, kept).lr,
+            out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=rate,
             optimizer="soap", warmup=max(1, steps // 10), schedule="decay", decay_part=DECAY_PART, ema=0.9,
             precision="bf16", save_every=steps, keep=1,
             sample_every=steps + 1, sample_steps=1, transformer=transformer,

@@ -100,7 +100,7 @@ def prune_folder(
         return whole
 
     if heal is not None:
-        heal = heal.for_depths(layers, len(choice.kept))
+        heal = heal.for_kept(choice.kept, layers)
         settings["pruning"]["healing"] = dataclasses.asdict(heal)
     origin.rewrite(target, config, pruned, settings, shard_bytes=shard_bytes, finish=healed)
     return choice
