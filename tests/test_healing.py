@@ -193,7 +193,7 @@ def test_distillation_of_the_source_itself_is_nothing():
         keep = (after - after.mean()).abs() <= 3 * after.std()
         last = (before - after).square()[keep].mean() / after[keep].var()
         velocity = (ours - batch.velocity).square().mean().item()
-        assert found == pytest.approx(last.item() / 11 + velocity, rel=1e-4)
+        assert found == pytest.approx(last.item() / 11 + 0.1 * velocity, rel=1e-4)
 
 
 @pytest.mark.parametrize(

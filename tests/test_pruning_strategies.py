@@ -235,7 +235,7 @@ def test_distillation_compares_with_the_counterparts(idle):  # noqa: F811
         assert not keep.all()  # something is masked
         terms.append((a - t)[keep].square().mean() / t[keep].var())
     velocity = (velocities[0] - velocities[1]).square().mean()
-    assert found.item() == pytest.approx((torch.stack(terms).mean() + velocity).item(), rel=1e-4)
+    assert found.item() == pytest.approx((torch.stack(terms).mean() + 0.1 * velocity).item(), rel=1e-4)
     found.backward()
     assert small.transformer_blocks[0].ff.conv_point.weight.grad.any()
     assert all(p.grad is None for p in model.parameters())

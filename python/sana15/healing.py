@@ -28,6 +28,7 @@ DISTILL = 10.0
 LR, LR_LIMIT, PLAIN_LR = 1.6e-3, 2e-2, 5e-3  # with distillation (see Healing.for_kept), and without: docs/pruning.md
 DECAY_PART = 0.3  # of the steps, in which the learning rate falls to zero
 CAPTION_DROP = 0.25  # guidance subtracts the unconditional branch, so its errors count nearly as much as the other's
+VELOCITY = 0.1  # weight of the velocity's distance beside the features'
 MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
 
 
@@ -111,7 +112,7 @@ def counterparts(kept: Sequence[int], layers: int) -> list[int]:
 class Distillation:
     """The distance of a pruned model's activations from its source's, on the input that the pruned model has just had.
 
-    Mean squared difference of the velocities, plus the mean over blocks of this: a kept block's output against its
+    VELOCITY times the mean squared difference of the velocities, plus the mean over blocks of this: a kept block's output against its
     counterpart's, mean squared difference over the source's variance, activations beyond MASKED standard deviations left
     out on both sides. A few activations of diffusion transformers are hundreds of times larger than the others, and plain
     distillation fits those.
@@ -154,7 +155,8 @@ class Distillation:
             keep = (theirs - theirs.mean()).abs() <= MASKED * deviation
             error = (ours.float() - theirs).square()[keep].mean()
             terms.append(error / theirs[keep].var().clamp_min(1e-12))
-        return torch.stack(terms).mean() + (self.velocity.float() - velocity.float()).square().mean()
+        distance = (self.velocity.float() - velocity.float()).square().mean()
+        return torch.stack(terms).mean() + VELOCITY * distance
 
 
 @dataclass(frozen=True)
