@@ -93,9 +93,8 @@ def counterparts(kept: Sequence[int], layers: int) -> list[int]:
     """
     n = len(kept)
     small, larger = divmod(layers, n)  # `larger` blocks do the work of small + 1, the others of small
-    best: dict[int, tuple[int, list[int]]] = {
-        0: (0, [])
-    }  # by larger ones so far: misplacement, depths after each block
+    # By the number of larger ones so far: the squared distances' sum, and the source's depth after each block.
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
     for j in range(n):
         reached: dict[int, tuple[int, list[int]]] = {}
         for count, (cost, depths) in best.items():

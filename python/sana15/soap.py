@@ -14,13 +14,15 @@ SIDES = ("left", "right")
 class SOAP(torch.optim.Optimizer):
     """Adam on gradients that are turned into the eigenbasis of their second moments, matrix by matrix.
 
-    A parameter is a matrix [first axis, all others]. Both sides are turned where they measure `smallest` to `largest`;
-    otherwise (biases, depthwise convolutions, tables) the parameter gets plain Adam. Per matrix [m, n] the state is
-    2 (m m + n n + m n) numbers and a step costs about 8 (m + n) m n FLOPs: it pays where a step's gradient costs
+    A parameter is a matrix [first axis, all others]. It is turned where both sides measure `smallest` to `largest`; otherwise
+    (biases, depthwise convolutions, tables, the matrices of a large model) it gets plain Adam. Per turned matrix [m, n] the
+    state is 2 (m m + n n + m n) numbers and a step costs about 8 (m + n) m n FLOPs: it pays where a step's gradient costs
     far more than that, and steps are few.
 
-    The first step is Adam's: its gradient makes the basis for the second (the paper's first step does not move). The moment
-    is kept unturned, so that it stays right when the basis changes, and is turned in every step.
+    Other than in the paper, the first step moves, as Adam's; its gradient makes the basis for the second, and counts in
+    full in the means that are faded by `basis_beta` from then on. The moment is kept unturned, so that it stays right when
+    the basis changes, and is turned in every step. A state that has no basis after its first step, AdamW's for example,
+    never gets one.
 
     Args:
         lr, betas, eps, weight_decay: as AdamW's.
@@ -44,17 +46,18 @@ class SOAP(torch.optim.Optimizer):
         smallest: int = 16,
         largest: int = 1024,
     ) -> None:
-        if not lr >= 0 or not eps > 0 or not weight_decay >= 0:
-            raise ValueError(f"lr and weight_decay must be at least 0 and eps above 0, got {lr}, {weight_decay}, {eps}")
-        if len(betas) != 2 or not all(0 <= b < 1 for b in (*betas, basis_beta)):
-            raise ValueError(f"betas and basis_beta must be in [0, 1), got {betas} and {basis_beta}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        self.smallest, self.largest = smallest, largest
-        shared = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, shared | {"basis_beta": basis_beta, "every": every})
-        if other := {p.dtype for g in self.param_groups for p in g["params"]} - {torch.float32}:
-            raise TypeError(f"SOAP trains fp32 parameters, got {', '.join(map(str, other))}")
+        adam = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        basis = {"basis_beta": basis_beta, "every": every, "smallest": smallest, "largest": largest}
+        super().__init__(params, adam | basis)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+        except Exception:
+            self.param_groups.pop()  # refused as a whole
+            raise
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
@@ -66,7 +69,7 @@ class SOAP(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad.reshape(len(p) if p.dim() else 1, -1), group)
+                    self._update(p, p.grad.flatten(1) if p.dim() > 1 else p.grad.reshape(1, -1), group)
         return loss
 
     def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -76,21 +79,37 @@ class SOAP(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
         state["step"] += 1
         step, (beta1, beta2) = int(state["step"]), group["betas"]
-        turns = all(self.smallest <= size <= self.largest for size in gradient.shape)
+        turned = "gram_left" in state
         state["exp_avg"].lerp_(gradient, 1 - beta1)
-        moment, turned = state["exp_avg"], gradient
-        if "gram_left" in state:
+        moment, square = state["exp_avg"], gradient
+        if turned:
             left, right = state["basis_left"], state["basis_right"]
-            moment, turned = left.T @ moment @ right, left.T @ gradient @ right
-        state["exp_avg_sq"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
+            moment, square = left.T @ moment @ right, left.T @ gradient @ right
+        state["exp_avg_sq"].mul_(beta2).addcmul_(square, square, value=1 - beta2)
         update = moment / (1 - beta1**step)
         update /= (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        if turns and step == 1:
-            _begin(state, gradient, 1 - beta2)
-        elif turns:
+        if turned:
             update = left @ update @ right.T
             _refresh(state, gradient, group["basis_beta"], turn=step % group["every"] == 0 or step <= 3)
+        elif step == 1 and all(group["smallest"] <= size <= group["largest"] for size in gradient.shape):
+            _begin(state, gradient, 1 - beta2)
         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"SOAP: {name} must be at least 0, got {group[name]}")
+    if not group["eps"] > 0:
+        raise ValueError(f"SOAP: eps must be above 0, got {group['eps']}")
+    if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
+        raise ValueError(f"SOAP: betas must be two numbers in [0, 1), got {group['betas']}")
+    if not 0 <= group["basis_beta"] < 1:
+        raise ValueError(f"SOAP: basis_beta must be in [0, 1), got {group['basis_beta']}")
+    if not (group["every"] >= 1 and 1 <= group["smallest"] <= group["largest"]):
+        raise ValueError("SOAP: every must be at least 1, and smallest from 1 to largest")
+    if other := {p.dtype for p in group["params"]} - {torch.float32}:
+        raise TypeError(f"SOAP trains fp32 parameters, got {', '.join(map(str, other))}")
 
 
 def _grams(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,10 +117,10 @@ def _grams(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _begin(state: dict[str, Tensor], gradient: Tensor, weight: float) -> None:
-    """The first basis, and Adam's squares in it. Before, in the gradient's own basis, most of them would be rounding errors."""
+    """The first basis, for the next step, and Adam's squares in it; in this step most of them would be rounding errors."""
     for side, gram in zip(SIDES, _grams(gradient)):
         finite = gram.nan_to_num(0, 0, 0)  # eigh raises otherwise; like Adam, this lets NaN through to the weights
-        state[f"gram_{side}"], state[f"basis_{side}"] = gram, torch.linalg.eigh(finite).eigenvectors.flip(1)
+        state[f"gram_{side}"], state[f"basis_{side}"] = gram, torch.linalg.eigh(finite).eigenvectors
     state["exp_avg_sq"] = (state["basis_left"].T @ gradient @ state["basis_right"]).square_().mul_(weight)
 
 
