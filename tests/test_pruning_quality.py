@@ -1,10 +1,14 @@
 """The arithmetic of benchmarks/pruning_quality.py."""
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from sana15.healing import Healing
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source tree")
@@ -50,3 +54,34 @@ def test_one_search_serves_all_depths(experiment, tmp_path):
     (tmp_path / "searched-3.json").write_text("[5, 2, 7, 1, 6, 4]")
     assert experiment.chosen(tmp_path, "search", 8, 3, None) == [0, 3, 4, 6, 8, 9, 10, 11]
     assert experiment.chosen(tmp_path, "search", 6, 3, None) == [0, 3, 8, 9, 10, 11]
+
+
+def test_a_cell_is_filled_where_it_is_not(experiment, tmp_path, monkeypatch):
+    """Blocks that were chosen, and their score, stay; a complete cell is left alone; the report has complete ones only."""
+    args = argparse.Namespace(heal=7, distill=3.0, every=5, n=1, steps=2, keep=[8], by=["loss", "learned"])
+    pruned, scored = [], []
+
+    def prune(source, target, *, indices, heal, **options):
+        pruned.append((indices, heal))
+
+    def worth(folder, args):
+        scored.append(folder.name)
+        return [0.5]
+
+    monkeypatch.setattr(experiment, "prune_folder", prune)
+    monkeypatch.setattr(experiment, "worth", worth)
+    monkeypatch.setattr(experiment, "chosen", lambda *_: [1, 2])
+    monkeypatch.setattr(experiment, "chosen_prompts", lambda every: [{"tag": "a"}])
+    (tmp_path / "whole.json").write_text("[1.0]")
+    path = tmp_path / "loss-8-4.json"
+    path.write_text(json.dumps({"kept": [3, 4], "pruned": [0.25]}))
+    assert "| 8 |" not in experiment.report(tmp_path, args)
+    experiment.cell(tmp_path, "loss", 8, 4, args)
+    assert json.loads(path.read_text()) == {"kept": [3, 4], "pruned": [0.25], "healed": [0.5]}
+    assert pruned == [([3, 4], Healing(7, seed=4, distill=3.0))]
+    experiment.cell(tmp_path, "loss", 8, 4, args)
+    experiment.cell(tmp_path, "learned", 8, 4, args)
+    assert scored == ["healed", "pruned", "healed"]
+    assert json.loads((tmp_path / "learned-8-4.json").read_text())["kept"] == [1, 2]
+    assert experiment.report(tmp_path, args).count("| 8 |") == 2
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 3

@@ -245,6 +245,9 @@ def test_distillation_compares_with_the_counterparts(idle):  # noqa: F811
     assert same.loss().item() == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="not those of a model pruned from this teacher"):
         Distillation(small, model, [0, 1])
+    for kept in ([0, 0, 1], [3, 1, 5], [0, 1, 6], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="not those of a model pruned from this teacher"):
+            Distillation(small, model, kept)
 
 
 def test_pruning_does_not_load_the_training_loop():

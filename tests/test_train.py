@@ -98,6 +98,8 @@ def test_learning_rate():
     assert rates[9] < 0.05
     config = TrainConfig(lr=1.0, warmup=4, steps=20, schedule="decay")
     assert [learning_rate(config, step) for step in (0, 3, 16, 18, 20)] == [0.25, 1.0, 1.0, 0.5, 0.0]
+    config = TrainConfig(lr=1.0, warmup=4, steps=20, schedule="decay", decay_part=0.5)
+    assert [learning_rate(config, step) for step in (0, 3, 10, 15, 20)] == [0.25, 1.0, 1.0, 0.5, 0.0]
 
 
 def test_config_files_and_overrides(tmp_path):
@@ -118,6 +120,8 @@ def test_config_files_and_overrides(tmp_path):
         (["precision=fp8"], "precision must be one of"),
         (["optimizer=sgd"], "optimizer must be one of adamw, adamw8bit, came8bit, came, soap, got 'sgd'"),
         (["optimizer=came8bit"], "betas must be 3 numbers for came8bit, got"),
+        (["decay_part=0"], "decay_part must be above 0 and at most 1, got 0"),
+        (["decay_part=1.5"], "decay_part must be above 0 and at most 1, got 1.5"),
         (["lr"], "must have the form key=value"),
         (["betas=[1"], "the value is not valid YAML"),
         (["seed=1", "seed.x=2"], "seed is no mapping"),

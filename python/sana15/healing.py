@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -92,20 +93,20 @@ def counterparts(kept: Sequence[int], layers: int) -> list[int]:
     trained on. Kept blocks 0 1 2 3 of 12 become 2 5 8 11, and 0 2 3 5 of 6 stay before the next ones: 1 2 4 5.
     """
     n = len(kept)
-    small, larger = divmod(layers, n)  # `larger` blocks do the work of small + 1, the others of small
-    # By the number of larger ones so far: the squared distances' sum, and the source's depth after each block.
+    share, extra = divmod(layers, n)  # `extra` blocks do the work of share + 1, the others of share
+    # By the number of extra ones so far: the squared distances' sum, and the source's depth after each block.
     best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
     for j in range(n):
         reached: dict[int, tuple[int, list[int]]] = {}
         for count, (cost, depths) in best.items():
             depth = depths[-1] if depths else 0
             for more in (0, 1):
-                if count + more <= larger and larger - count - more <= n - 1 - j:
-                    found = (cost + (depth - kept[j]) ** 2, [*depths, depth + small + more])
+                if count + more <= extra and extra - count - more <= n - 1 - j:
+                    found = (cost + (depth - kept[j]) ** 2, [*depths, depth + share + more])
                     if count + more not in reached or found < reached[count + more]:
                         reached[count + more] = found
         best = reached
-    return [depth - 1 for depth in best[larger][1]]
+    return [depth - 1 for depth in best[extra][1]]
 
 
 class Distillation:
@@ -121,7 +122,8 @@ class Distillation:
     """
 
     def __init__(self, student: SanaTransformer, teacher: SanaTransformer, kept: Sequence[int]) -> None:
-        if len(kept) != student.config.num_layers or not all(0 <= i < teacher.config.num_layers for i in kept):
+        possible = all(a < b for a, b in zip([-1, *kept], [*kept, teacher.config.num_layers]))
+        if len(kept) != student.config.num_layers or not possible:
             raise ValueError("the kept blocks are not those of a model pruned from this teacher")
         if student.config.width != teacher.config.width:
             raise ValueError(f"the teacher's width is {teacher.config.width}, the model's {student.config.width}")
@@ -180,8 +182,10 @@ class Healing:
         if self.steps < 1 or self.batch_size < 1 or self.noises < 1:
             raise ValueError(f"healing takes at least one step of one picture, got {self.steps} of {self.batch_size}")
         check_training_seed(self.seed)
-        if (self.lr is not None and not self.lr > 0) or not self.distill >= 0:
-            raise ValueError(f"healing's lr must be above 0 and distill at least 0, got {self.lr} and {self.distill}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"healing's lr must be above 0 and finite, got {self.lr}")
+        if not 0 <= self.distill < math.inf:
+            raise ValueError(f"healing's distill must be at least 0 and finite, got {self.distill}")
 
     def for_kept(self, kept: Sequence[int], layers: int) -> Healing:
         """With an `lr`: where there is none, PLAIN_LR without distillation, and with it LR times a distance, to LR_LIMIT.

@@ -67,6 +67,8 @@ def prune_folder(
     if keep is not None:
         check_keep(keep, layers)
     if heal is not None:
+        if keep == layers or (indices is not None and [*indices] == [*range(layers)]):
+            raise ValueError(f"all {layers} blocks are kept: there is nothing to heal")
         if not origin.pipeline:
             raise ValueError(f"{origin.root} is a transformer alone and cannot be healed; it takes a whole pipeline")
         require_healable(Pipeline.from_pretrained(origin.root).text)
@@ -90,7 +92,7 @@ def prune_folder(
     config = pruned_config(origin.config, choice.kept)
     settings = _recorded(origin.settings(), choice, layers)
     if batches is not None:
-        measured = {"prompts": prompts, "count": len(chosen), "steps": sampling_steps}
+        measured = {"prompts": None if prompts is None else str(prompts), "count": len(chosen), "steps": sampling_steps}
         settings["pruning"] |= {"seed": seed, "calibration": measured}
     pruned = grown_weights(weights, config, choice.kept, seed=0)
 

@@ -33,7 +33,7 @@ class TransformerConfig:
     new_lr: float = 1.0  # and for its new ones
     block_lr: list[float] = field(default_factory=list)  # or one number for every block
     freeze_old: int = 0  # copied blocks are not trained for this many steps
-    teacher: str = ""  # pipeline folder that `start` was pruned from; its features are a second loss
+    teacher: str = ""  # pipeline folder that `start` was pruned from; its activations are a second loss
     distill: float = 0.0  # weight of that loss
     flow_weight: float = 1.0  # weight of the flow loss itself; 0 leaves the distillation alone
     compile: bool = False  # torch.compile the transformer: a minute or two at the start, then quicker steps
@@ -79,7 +79,7 @@ class TrainConfig:
     lr: float = 1e-3
     warmup: int = 200  # steps of linear warm-up
     schedule: str = "constant"  # constant | cosine | decay (constant, then linearly to 0 in the last part of the steps)
-    decay_part: float = 0.2  # of the steps, for the schedule `decay`
+    decay_part: float = 0.2  # of the steps
     optimizer: str = "adamw"  # adamw | adamw8bit | came8bit | came (the same with an fp32 first moment) | soap
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # three for CAME
     weight_decay: float = 0.0
