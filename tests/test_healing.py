@@ -160,8 +160,11 @@ def test_lowers_the_loss_and_distillation_the_distance(tmp_path):
             total += distillation.loss().item()
         return total
 
+    # The flow loss is noisy: at its default rate 50 small batches end above or below where they began.
     folders = [tmp_path / name for name in ("plain", "healed", "distilled")]
-    for folder, heal in zip(folders, (None, Healing(50, batch_size=16, distill=0), Healing(50, batch_size=16))):
+    for folder, heal in zip(
+        folders, (None, Healing(50, lr=2e-3, batch_size=24, distill=0), Healing(50, batch_size=16))
+    ):
         prune_folder("mini", folder, by="indices", indices=KEPT, heal=heal)
     plain, healed, distilled = map(loss, folders)
     assert healed < plain
