@@ -78,7 +78,7 @@ class TrainConfig:
     batch_size: int = 64
     lr: float = 1e-3
     warmup: int = 200  # steps of linear warm-up
-    schedule: str = "constant"  # constant | cosine | decay (constant, then linearly to 0 in the last part of the steps)
+    schedule: str = "constant"  # constant | cosine | decay (constant, then linearly to 0 over decay_part)
     decay_part: float = 0.2  # of the steps
     optimizer: str = "adamw"  # adamw | adamw8bit | came8bit | came (the same with an fp32 first moment) | soap
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # three for CAME
