@@ -24,7 +24,7 @@ from .trajectory import CalibrationBatch
 
 STEPS = 100  # the paper's
 BATCH = 64
-NOISES = 2
+NOISES = 4
 DISTILL = 10.0
 LR, LR_LIMIT, PLAIN_LR = 1.6e-3, 2e-2, 5e-3  # with distillation (see Healing.for_kept), and without: docs/pruning.md
 DECAY_PART = 0.3  # of the steps, in which the learning rate falls to zero
