@@ -92,6 +92,7 @@ def test_what_healing_asks_of_the_training_loop(tmp_path, monkeypatch, distill, 
     assert (c.distill, c.flow_weight, bool(c.teacher)) == (distill, flow, distill > 0)
     assert (c.noises, c.stratified, c.caption_drop, config.precision) == (3, True, 0.25, "bf16")
     assert (config.optimizer, config.schedule, config.decay_part) == ("soap", "decay", 0.3)
+    assert (config.warmup, config.ema) == (1, 0.9)
     assert config.lr == Healing(distill=distill).for_kept(KEPT, 12).lr
     assert c.flow_shift == Pipeline.from_pretrained("mini").flow_shift
 
@@ -124,7 +125,7 @@ def test_the_loss_of_several_noise_levels_a_picture(tmp_path, flow):
 def test_documented_defaults():
     args = parser().parse_args(["prune", "mini", "out", "--heal"])
     assert (args.heal, args.count, args.steps, args.seed) == (100, 100, 20, 0)
-    assert Healing() == Healing(steps=100, lr=None, batch_size=64, noises=2, distill=10.0, seed=0)
+    assert Healing() == Healing(steps=100, lr=None, batch_size=64, noises=4, distill=10.0, seed=0)
     assert Healing(distill=0).for_kept([0, 1, 2, 3, 4, 6], 12).lr == 5e-3
     assert Healing(lr=1e-4).for_kept([0, 1, 2, 3, 4, 6], 12).lr == 1e-4
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .device import DEVICES
 from .files import DTYPES, DataError
 
 
@@ -133,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
     demo.add_argument("--per-category", type=int, default=8, help="prompts of each category (default 8)")
     demo.add_argument("--no-timing", action="store_true", help="skip the comparison with stock diffusers")
+    _device_option(demo)
     demo.set_defaults(run=_demo)
 
     sample = commands.add_parser("sample", help="pictures for prompts; the same command resumes")
@@ -203,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="that tells colours to --detector: open_clip:ViT-L-14:openai, or one of transformers",
     )
+    _device_option(evaluate)
     evaluate.add_argument("--json", metavar="FILE", help="write scores and verdicts there; - for standard output")
     _bootstrap_options(evaluate)
     evaluate.set_defaults(run=_eval)
@@ -315,7 +318,12 @@ def _bootstrap_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
 
 
+def _device_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", choices=DEVICES, help="default: the GPU where there is one")
+
+
 def _calibration_options(command: argparse.ArgumentParser) -> None:
+    _device_option(command)
     command.add_argument(
         "--prompts", metavar="FILE", help="calibration prompts, as in sana15 sample (default: drawn for the mini model)"
     )
@@ -326,6 +334,7 @@ def _calibration_options(command: argparse.ArgumentParser) -> None:
 
 
 def _sampling_options(command: argparse.ArgumentParser) -> None:
+    _device_option(command)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
     command.add_argument("--sampler", default="flow_dpm", help="flow_dpm (default) or flow_euler")

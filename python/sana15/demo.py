@@ -22,6 +22,7 @@ from torch import nn
 import sana_ext
 
 from .config import SanaConfig
+from .device import resolved
 from .geneval import judge_folder, picture_path, write_metadata
 from .pictures import describe, save_png
 from .pipeline import Pipeline
@@ -41,7 +42,7 @@ ROUNDS = 3  # of the timing
 
 def run(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
-    pipe = Pipeline.from_pretrained(args.model)
+    pipe = Pipeline.from_pretrained(args.model, device=resolved(args.device))
     if pipe.picture_size(None, None) != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
             f"--model {args.model} does not make {IMAGE_SIZE}x{IMAGE_SIZE} pictures, which the checker judges"

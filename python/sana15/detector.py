@@ -62,7 +62,7 @@ class Detector:
         self.names: dict[int, str] = {int(k): v for k, v in model.config.id2label.items()}
 
     @staticmethod
-    def load(source: str) -> Detector:
+    def load(source: str, device: str = "cpu") -> Detector:
         """A folder in transformers' layout, or a name that transformers can find; DataError where it is no Mask2Former."""
         from transformers import Mask2FormerForUniversalSegmentation
 
@@ -76,7 +76,7 @@ class Detector:
         sides = (
             (size.get("shortest_edge", 800), size.get("longest_edge", 1333)) if isinstance(size, dict) else (size, 1333)
         )
-        return Detector(model, sides, values["image_mean"], values["image_std"])
+        return Detector(model.to(device), sides, values["image_mean"], values["image_std"])
 
     @torch.no_grad()
     def detect(self, picture: Image.Image) -> dict[str, list[Box]]:
@@ -122,14 +122,14 @@ class ClipColors:
         self._known: dict[str, torch.Tensor] = {}
 
     @staticmethod
-    def load(source: str) -> ClipColors:
+    def load(source: str, device: str = "cpu") -> ClipColors:
         """ "open_clip:ARCHITECTURE:WEIGHTS" (GenEval's: open_clip:ViT-L-14:openai), or a CLIP of transformers.
 
         Raises:
             ModuleNotFoundError: open_clip is not installed. DataError: no such model.
         """
         kind, _, rest = source.partition(":")
-        return _open_clip(rest) if kind == "open_clip" else _transformers_clip(source)
+        return _open_clip(rest, device) if kind == "open_clip" else _transformers_clip(source, device)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, boxes: Sequence[Box], name: str) -> list[str]:
@@ -144,10 +144,10 @@ class ClipColors:
         return [COLOR_NAMES[i] for i in (seen @ self._known[name].T).argmax(1).tolist()]
 
 
-def _transformers_clip(source: str) -> ClipColors:
+def _transformers_clip(source: str, device: str) -> ClipColors:
     from .judges.clip import ClipJudge
 
-    clip = ClipJudge.load(source)
+    clip = ClipJudge.load(source, device)
 
     def pictures(crops: Sequence[Image.Image]) -> torch.Tensor:
         given = clip.processor(text=["color"], images=list(crops), return_tensors="pt", padding=True)
@@ -166,7 +166,7 @@ def _transformers_clip(source: str) -> ClipColors:
     return ClipColors(pictures, texts)
 
 
-def _open_clip(name: str) -> ClipColors:
+def _open_clip(name: str, device: str) -> ClipColors:
     import open_clip
 
     architecture, _, weights = name.partition(":")
@@ -175,10 +175,10 @@ def _open_clip(name: str) -> ClipColors:
         tokenizer = open_clip.get_tokenizer(architecture)
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"open_clip has no {name}: {' '.join(str(error).split())[:200]}") from None
-    model.eval()
+    model.eval().to(device)
     return ClipColors(
-        lambda crops: model.encode_image(torch.stack([transform(crop) for crop in crops])),
-        lambda sentences: model.encode_text(tokenizer(list(sentences))),
+        lambda crops: model.encode_image(torch.stack([transform(crop) for crop in crops]).to(device)),
+        lambda sentences: model.encode_text(tokenizer(list(sentences)).to(device)),
     )
 
 

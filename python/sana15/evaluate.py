@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .device import resolved
 from .files import replacing
 from .geneval import Judged, judge_folder, read_results
 from .scores import as_json, compare, score_table, show, show_comparison
@@ -53,8 +54,9 @@ def _detected(args: argparse.Namespace) -> str:
     from .export import read_folder, results_line
 
     root = Path(args.folder)
-    colors = ClipColors.load(args.clip) if args.clip else None
-    rows = photo_results(read_folder(root), Detector.load(args.detector), colors)
+    device = resolved(args.device)
+    colors = ClipColors.load(args.clip, device) if args.clip else None
+    rows = photo_results(read_folder(root), Detector.load(args.detector, device), colors)
     path = root / "results.jsonl"
     with replacing(path) as partial:
         partial.write_text("".join(results_line(row) for row in rows), encoding="utf-8")

@@ -211,7 +211,7 @@ def require_healable(text: Any) -> None:
         raise ValueError("healing trains on rendered scenes: only models with the mini text encoder can be healed here")
 
 
-def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
+def heal_folder(folder: Path, teacher: Path, healing: Healing, device: str = "auto") -> None:
     """Trains the transformer of a pruned pipeline folder on rendered scenes, in place, by the loop of sana15 train.
 
     The text encoder stays as it is. The run is written into a folder beside, which is removed.
@@ -219,6 +219,7 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
     Args:
         folder: with the mini model's text encoder, its sana15.json says which blocks were kept.
         teacher: the pipeline folder that it was pruned from.
+        device: auto, cpu or cuda.
     """
     from .pipeline import Pipeline
     from .train import train
@@ -239,7 +240,7 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing) -> None:
         config = TrainConfig(
             out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=rate,
             optimizer="soap", warmup=max(1, steps // 10), schedule="decay", decay_part=DECAY_PART, ema=0.9,
-            precision="bf16", save_every=steps, keep=1,
+            precision="bf16", device=device, save_every=steps, keep=1,
             sample_every=steps + 1, sample_steps=1, transformer=transformer,
         )  # fmt: skip
         made = train(config)

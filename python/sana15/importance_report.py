@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from .device import resolved
 from .files import replacing
 from .importance import BINS, Importance, block_importance
 from .pipeline import Pipeline
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
-    pipe = Pipeline.from_pretrained(args.source)
+    pipe = Pipeline.from_pretrained(args.source, device=resolved(args.device))
     prompts = calibration_prompts(pipe, args.prompts, args.count, args.seed)
     found = measured(
         pipe, prompts, steps=args.steps, seed=args.seed, batch_size=args.batch_size, bins=args.bins,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import parse_bytes, weights_sha256
+from .device import resolved
 from .files import DataError
 from .growth import grown_weights
 from .healing import DISTILL, Healing, heal_folder, require_healable
@@ -37,6 +38,7 @@ def prune_folder(
     batch_size: int = 16,
     shard_bytes: int | None = None,
     heal: Healing | None = None,
+    device: str = "auto",
     **options: Any,
 ) -> Choice:
     """A pruned model from a transformer folder or a whole pipeline folder in diffusers' layout.
@@ -52,6 +54,7 @@ def prune_folder(
         prompts, count, sampling_steps, batch_size: of the calibration, see sana15 importance.
         shard_bytes: the most that a weights file may hold. Default: as the source's largest file, at least 5 GB.
         heal: how the pruned model is trained before the target appears; of pipelines with the mini text encoder.
+        device: of measuring and healing: auto (the GPU where there is one), cpu or cuda.
 
     Returns:
         What was kept.
@@ -60,7 +63,7 @@ def prune_folder(
         ValueError: arguments that cannot be. FileNotFoundError, DataError: the source is bad. In every case the source is
         untouched and the target is not there.
     """
-    origin, target = ModelFolder(source), Path(target)
+    place, origin, target = resolved(device), ModelFolder(source), Path(target)
     origin.check_target(target)
     by = strategy(by, indices is not None, importance is not None)
     layers, weights = origin.config.num_layers, origin.weights()
@@ -80,7 +83,7 @@ def prune_folder(
             raise ValueError(
                 f"{origin.root} is a transformer alone and cannot be calibrated; pass an importance or indices"
             )
-        pipe = Pipeline.from_pretrained(origin.root)
+        pipe = Pipeline.from_pretrained(origin.root, device=place)
         model = pipe.transformer
         if by in ("search", "learned"):
             options.setdefault("flow_shift", pipe.flow_shift)
@@ -98,7 +101,7 @@ def prune_folder(
 
     def healed(whole: Path, transformer: Path) -> Path:
         if heal is not None:
-            heal_folder(whole, origin.root, heal)
+            heal_folder(whole, origin.root, heal, place)
         return whole
 
     if heal is not None:
@@ -193,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
         sampling_steps=args.steps, batch_size=args.batch_size,
         importance=importance, indices=indices,
         shard_bytes=parse_bytes(args.shard_size) if args.shard_size else None,
-        heal=heal, **options,
+        heal=heal, device=args.device, **options,
     )  # fmt: skip
     print(f"{args.target}: {len(choice.kept)} blocks kept by {choice.by}: {' '.join(map(str, choice.kept))}")
     if choice.spent:

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import geneval
+from .device import resolved
 from .files import DataError
 from .pictures import describe, read_png, save_png
 from .pipeline import Pipeline
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
     lines = geneval.read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt]
-    pipe = Pipeline.from_pretrained(args.model)
+    pipe = Pipeline.from_pretrained(args.model, device=resolved(args.device))
     lines = [checked(pipe, line, i, args.prompts) for i, line in enumerate(lines)]
     items = [Item(line["prompt"], index, c) for index, line in enumerate(lines) for c in range(args.n)]
     if args.prompts:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import sana_ext.optim
 
 from .data import Batch, scene_batches
+from .device import resolved
 from .files import DataError
 from .growth_training import set_learning_rates
 from .soap import SOAP
@@ -78,10 +79,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def train(config: TrainConfig) -> Path:
     """Runs (or resumes) to config.steps and exports the averaged weights to out/export; returns that folder."""
-    out = Path(config.out)
+    out, device = Path(config.out), resolved(config.device)
     out.mkdir(parents=True, exist_ok=True)
     _record_config(config, out)
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     task = _task(config, device)
     parameters = [p for p in task.module.parameters() if p.requires_grad]

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .device import DEVICES
 from .files import DTYPES
 
 
@@ -105,7 +106,7 @@ class TrainConfig:
             "schedule": ("constant", "cosine", "decay"),
             "optimizer": ("adamw", "adamw8bit", "came8bit", "came", "soap"),
             "precision": ("fp32", "bf16"),
-            "device": ("auto", "cpu", "cuda"),
+            "device": DEVICES,
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -7,12 +7,13 @@ from .base import Judge, JudgeFailed, Patient, Verdict, mean_ranks
 __all__ = ["Judge", "JudgeFailed", "Patient", "Verdict", "make", "mean_ranks"]
 
 
-def make(name: str) -> Judge:
+def make(name: str, device: str = "cpu") -> Judge:
     """The judge of a command line's --judge.
 
     Args:
         name: "scenes" (the exact checker), "learned" or "learned:DIR", "clip:MODEL", "vlm:MODEL" (a transformers folder or name),
             or "http://HOST:PORT/v1#MODEL" (an OpenAI-compatible server).
+        device: of clip and vlm; the others need none.
 
     Raises:
         ValueError: no such judge. FileNotFoundError, DataError: its files are missing or damaged.
@@ -36,7 +37,7 @@ def make(name: str) -> Judge:
         from .clip import ClipJudge
         from .vlm import VisionLanguageJudge
 
-        return ClipJudge.load(rest) if kind == "clip" else VisionLanguageJudge.load(rest)
+        return ClipJudge.load(rest, device) if kind == "clip" else VisionLanguageJudge.load(rest, device)
     raise ValueError(
         f"unknown judge {name!r}; one of scenes, learned[:DIR], clip:MODEL, vlm:MODEL, http://HOST/v1#MODEL"
     )

@@ -21,14 +21,15 @@ class ClipJudge:
         self.model, self.processor, self.source = model.eval(), processor, source
 
     @staticmethod
-    def load(source: str) -> ClipJudge:
+    def load(source: str, device: str = "cpu") -> ClipJudge:
         """A folder, or a name that transformers can find; DataError where it is no CLIP."""
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            return ClipJudge(CLIPModel.from_pretrained(source), CLIPProcessor.from_pretrained(source), source)
+            model, processor = CLIPModel.from_pretrained(source), CLIPProcessor.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{source} is no CLIP model: {' '.join(str(error).split())[:200]}") from None
+        return ClipJudge(model.to(device), processor, source)
 
     def identity(self) -> dict[str, Any]:
         return {"judge": self.name, "model": self.source}

@@ -28,7 +28,7 @@ class VisionLanguageJudge:
                 raise DataError(f"{source}: {word!r} is not one token for this model")
 
     @staticmethod
-    def load(source: str) -> VisionLanguageJudge:
+    def load(source: str, device: str = "cpu") -> VisionLanguageJudge:
         """A folder, or a name that transformers can find; DataError where it is no such model."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -37,7 +37,7 @@ class VisionLanguageJudge:
             model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype="auto")
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{source} is no vision-language model of transformers: {_first_line(error)}") from None
-        return VisionLanguageJudge(model, processor, source)
+        return VisionLanguageJudge(model.to(device), processor, source)
 
     def identity(self) -> dict[str, Any]:
         return {"judge": self.name, "model": self.source, "dtype": str(self.model.dtype)}

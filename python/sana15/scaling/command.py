@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..device import resolved
 from ..files import replacing
 from ..geneval import read_prompts
 from ..pipeline import Pipeline
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--shard must be I/N, such as 0/4, got {args.shard}")
     lines = read_prompts(args.prompts)
     settings = vars(settings_of(args))
-    pipe = Pipeline.from_pretrained(args.model)
+    pipe = Pipeline.from_pretrained(args.model, device=resolved(args.device))
     lines = [checked(pipe, line, i, args.prompts) for i, line in enumerate(lines)]
     with tqdm(desc="searching", unit="prompt", disable=None) as bar:
 

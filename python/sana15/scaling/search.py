@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..device import of_pipeline
 from ..files import DataError, read_json, write_durably
 from ..foreign import DiffusersGenerator
 from ..generator import Generator, PipelineGenerator
@@ -127,7 +128,9 @@ def search(
     """
     generator = _generator(pipe, seed, sampling)
     judges = [
-        Patient(make(j) if isinstance(j, str) else j, attempts=attempts, timeout=timeout, backoff=backoff)
+        Patient(
+            make(j, of_pipeline(pipe)) if isinstance(j, str) else j, attempts=attempts, timeout=timeout, backoff=backoff
+        )
         for j in ([judge] if isinstance(judge, str) or not isinstance(judge, Sequence) else judge)
     ]
     lines = [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]

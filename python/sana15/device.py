@@ -1,0 +1,28 @@
+"""Where the commands compute: `--device` of the command line and `device` of a training configuration."""
+
+from __future__ import annotations
+
+import torch
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def resolved(device: str) -> str:
+    """ "cpu" or "cuda"; "auto" is the GPU where there is one (CUDA_VISIBLE_DEVICES says which).
+
+    Raises:
+        ValueError: another name, or a GPU that PyTorch does not see.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        reason = "sees no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
+        raise ValueError(f"device is cuda, and this PyTorch {reason}")
+    return "cuda" if there and device != "cpu" else "cpu"
+
+
+def of_pipeline(pipe: object) -> str:
+    """Where a pipeline's judges belong: beside it on a GPU, else on the CPU, also for one whose parts are offloaded."""
+    device = getattr(pipe, "device", None)
+    return str(device) if isinstance(device, torch.device) and device.type == "cuda" else "cpu"
