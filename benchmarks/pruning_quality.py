@@ -5,7 +5,7 @@
 12 blocks to 8, 6 and 4 by each strategy; per seed (of calibration, choice and healing) the exact checker's score before
 pruning, after it and after 100 steps of healing, on the same prompts and noise. A cell (strategy, depth, seed) is one
 JSON file in OUT; what is there is not run again, so cells can be run in pieces and in any order, and one without its
-"healed" has the same blocks healed anew.
+"healed" has the same blocks healed anew. OUT/options.json holds what all cells of an OUT have in common.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from sana15.scenes.testset import load
 from sana15.trajectory import calibration, calibration_prompts
 
 DRAWS = 2000
+COMMON = ("every", "n", "steps", "count", "heal", "distill")  # options that cells of one report must share
 
 
 def chosen_prompts(every: int) -> list[dict[str, Any]]:
@@ -91,6 +92,17 @@ def cell(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -> 
     finally:
         shutil.rmtree(work)
     print(f"{path.name}: kept {' '.join(map(str, kept))}", flush=True)
+
+
+def claim(out: Path, args: argparse.Namespace) -> None:
+    """Writes down the options of OUT's cells; SystemExit where it holds those of others."""
+    path, ours = out / "options.json", {name: getattr(args, name) for name in COMMON}
+    theirs = json.loads(path.read_text()) if path.exists() else ours
+    if theirs != ours:
+        name = next(name for name in COMMON if theirs.get(name) != ours[name])
+        raise SystemExit(f"{out} holds cells of --{name} {theirs.get(name)}, now it is {ours[name]}; another --out")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(ours) + "\n")
 
 
 def overall(values: NDArray[np.float64], tags: Sequence[str]) -> NDArray[np.float64]:
@@ -178,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.out, args.keep, args.seeds = Path(tempfile.mkdtemp()), [8], [0]
         args.by, args.every, args.n, args.steps, args.count, args.heal = ["importance", "loss"], 60, 1, 2, 2, 1
     args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, args)
     whole = args.out / "whole.json"
     if not whole.exists():
         values = worth(MINI, args)

@@ -315,7 +315,7 @@ def test_search_and_learned_get_the_models_flow_shift(tmp_path, monkeypatch):
         "flow_shift": Pipeline.from_pretrained("mini").flow_shift,
         "seed": 0,
         "candidates": 3,
-        "heal_steps": 7,
+        "trial_steps": 7,
     }
     assert seen["flow_shift"] != 3.0
     assert json.loads((tmp_path / "out" / "sana15.json").read_text())["pruning"]["removed"] == [11, 10, 9, 8]

@@ -56,6 +56,15 @@ def test_one_search_serves_all_depths(experiment, tmp_path):
     assert experiment.chosen(tmp_path, "search", 6, 3, None) == [0, 3, 8, 9, 10, 11]
 
 
+def test_cells_of_other_options_are_not_mixed_in(experiment, tmp_path):
+    options = {"every": 5, "n": 2, "steps": 20, "count": 100, "heal": 100, "distill": 10.0}
+    for _ in range(2):
+        experiment.claim(tmp_path, argparse.Namespace(**options, keep=[8]))
+    with pytest.raises(SystemExit, match="holds cells of --heal 100, now it is 50; another --out"):
+        experiment.claim(tmp_path, argparse.Namespace(**options | {"heal": 50}))
+    assert json.loads((tmp_path / "options.json").read_text()) == options
+
+
 def test_a_cell_is_filled_where_it_is_not(experiment, tmp_path, monkeypatch):
     """Blocks that were chosen, and their score, stay; a complete cell is left alone; the report has complete ones only."""
     args = argparse.Namespace(heal=7, distill=3.0, every=5, n=1, steps=2, keep=[8], by=["loss", "learned"])

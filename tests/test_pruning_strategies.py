@@ -81,16 +81,16 @@ def test_losses_that_are_not_finite_lose():
 def test_search_finds_the_idle_blocks_and_says_what_it_spent(idle):  # noqa: F811
     model, batches = idle
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    choice = search(model, batches, 4, candidates=2, heal_steps=2, lr=1e-5)
+    choice = search(model, batches, 4, candidates=2, trial_steps=2, lr=1e-5)
     assert choice.kept == [0, 2, 3, 5]
     # Two depths, of 6 and 5 removals judged unhealed and two of each healed.
     assert choice.spent == {"healing steps": 8, "losses": 6 + 5 + 4}
     assert sorted(choice.removed) == [1, 4]
-    shorter = search(model, batches, 5, candidates=2, heal_steps=2, lr=1e-5)
+    shorter = search(model, batches, 5, candidates=2, trial_steps=2, lr=1e-5)
     assert shorter.removed == choice.removed[:1]  # the longer search begins with the shorter
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    again = sana15.prune(model, 4, "search", batches=iter(batches), candidates=2, heal_steps=2, lr=1e-5)
+    again = sana15.prune(model, 4, "search", batches=iter(batches), candidates=2, trial_steps=2, lr=1e-5)
     assert again.kept_blocks == choice.kept
     assert again.config.num_layers == 4
 
@@ -99,7 +99,7 @@ def test_learned_finds_the_idle_blocks(idle):  # noqa: F811
     model, batches = idle
     before = {n: t.clone() for n, t in model.state_dict().items()}
     choices = [
-        choose(model, 6, 4, "learned", batches=batches, steps=60, lr=1e-5, rank=2, odds_lr=0.3, seed=seed)
+        choose(model, 6, 4, "learned", batches=batches, learning_steps=60, lr=1e-5, rank=2, odds_lr=0.3, seed=seed)
         for seed in (0, 0, 1)
     ]
     assert [c.kept for c in choices] == [[0, 2, 3, 5]] * 3
@@ -116,7 +116,7 @@ def test_frozen_and_half_precision_models_are_searched_too(idle, by, dtype):  # 
     model, batches = idle
     model = model.requires_grad_(False).to(dtype)
     batches = [dataclasses.replace(b, text=b.text.to(dtype)) for b in batches]
-    options = {"search": {"heal_steps": 2, "lr": 1e-5}, "learned": {"steps": 60, "lr": 1e-5, "odds_lr": 0.3}}
+    options = {"search": {"trial_steps": 2, "lr": 1e-5}, "learned": {"learning_steps": 60, "lr": 1e-5, "odds_lr": 0.3}}
     with torch.no_grad():
         assert choose(model, 6, 4, by, batches=batches, **options[by]).kept == [0, 2, 3, 5]
     assert model.proj_out.weight.dtype == dtype
@@ -153,7 +153,9 @@ def test_learned_draws_with_gumbel_noise_that_depends_on_the_seed(idle, monkeypa
 
     monkeypatch.setattr(pruning_learned, "flow_steps", watched)
     for seed in (0, 1, 0):
-        sana15.prune(model, 3, "learned", batches=batches, steps=300, group=2, rank=3, lr=0.01, odds_lr=0.2, seed=seed)
+        sana15.prune(
+            model, 3, "learned", batches=batches, learning_steps=300, group=2, rank=3, lr=0.01, odds_lr=0.2, seed=seed
+        )
     assert (ranks, rates) == ({3}, {(0.01, 0.2)})
     first, again, other = drawn[0][:300], drawn[0][300:], drawn[1]
     assert first == again != other
@@ -169,7 +171,7 @@ def test_learned_draws_with_gumbel_noise_that_depends_on_the_seed(idle, monkeypa
         ("search", {"seed": 2**44}, "seed must be"),
         ("learned", {"seed": -1}, "seed must be"),
         ("search", {"candidates": 0}, "candidates must be at least 1"),
-        ("learned", {"steps": 0}, "steps and rank must be at least 1"),
+        ("learned", {"learning_steps": 0}, "learning_steps and rank must be at least 1"),
         ("learned", {"group": 0}, "group must be at least 1"),
     ],
 )

@@ -150,7 +150,8 @@ def prune(
         batches: sana15.calibration of the model; search and learned keep them in memory.
         indices: the blocks that stay, ascending, for `indices`.
         seed: of search and learned; same seed, same choice.
-        options: of search and learned.
+        options: of search: candidates, trial_steps, lr; of learned: learning_steps, group, rank, lr, odds_lr; of both:
+            flow_shift (the pipeline's). As in the command, and see there.
 
     Returns:
         The pruned model, with `kept_blocks`, ascending numbers.

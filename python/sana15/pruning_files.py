@@ -151,25 +151,18 @@ def read_indices(text: str, layers: int) -> list[int]:
     return kept
 
 
-#: The command's options of one strategy: its argument, and the strategy.
+#: The strategy that an option of the command, and of sana15.prune, belongs to.
 STRATEGY_OPTIONS = {
-    "candidates": ("candidates", "search"),
-    "trial_steps": ("heal_steps", "search"),
-    "learning_steps": ("steps", "learned"),
-    "group": ("group", "learned"),
-    "rank": ("rank", "learned"),
-}
+    "candidates": "search", "trial_steps": "search", "learning_steps": "learned", "group": "learned", "rank": "learned",
+}  # fmt: skip
 
 
 def strategy_options(args: argparse.Namespace) -> dict[str, Any]:
     """Of the chosen strategy; ValueError for another's."""
-    options = {}
-    for flag, (name, owner) in STRATEGY_OPTIONS.items():
-        value = getattr(args, flag)
-        if value is not None:
-            if args.by != owner:
-                raise ValueError(f"--{flag.replace('_', '-')} belongs to --by {owner}")
-            options[name] = value
+    options = {name: value for name in STRATEGY_OPTIONS if (value := getattr(args, name)) is not None}
+    for name in options:
+        if args.by != STRATEGY_OPTIONS[name]:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --by {STRATEGY_OPTIONS[name]}")
     return options
 
 

@@ -86,7 +86,7 @@ def learned(
     keep: int,
     *,
     seed: int = 0,
-    steps: int = 200,
+    learning_steps: int = 200,
     group: int = GROUP,
     rank: int = 8,
     lr: float = 1e-3,
@@ -96,12 +96,12 @@ def learned(
     """N of M blocks in each group, the most likely way after learning.
 
     Args:
-        steps: of learning, each on one chunk of the batches' pictures.
+        learning_steps: each on one chunk of the batches' pictures.
         group: M, about; see groups_of. rank: of the low-rank changes in the blocks' matrices.
         lr, odds_lr: learning rates of the low-rank changes and of the odds (logits). flow_shift: as in the pipeline.
     """
-    if steps < 1 or rank < 1:
-        raise ValueError(f"steps and rank must be at least 1, got {steps} and {rank}")
+    if learning_steps < 1 or rank < 1:
+        raise ValueError(f"learning_steps and rank must be at least 1, got {learning_steps} and {rank}")
     layers = model.config.num_layers
     groups = groups_of(layers, keep, group)
     most = max(math.comb(b - a, n) for a, b, n in groups)
@@ -123,7 +123,7 @@ def learned(
     supernet = with_blocks(copied, gated)
 
     def draw(step: int, generator: torch.Generator) -> None:
-        tau = TAU[0] * (TAU[1] / TAU[0]) ** (step / max(1, steps - 1))
+        tau = TAU[0] * (TAU[1] / TAU[0]) ** (step / max(1, learning_steps - 1))
         for (first, _, _), way, odds in zip(groups, ways, logits):
             uniform = torch.rand(len(way), generator=generator).clamp_(1e-9, 1 - 1e-7).to(device)
             soft = ((odds - (-uniform.log()).log()) / tau).softmax(0)
@@ -136,14 +136,21 @@ def learned(
     parameters = [{"params": changes, "lr": lr}, {"params": logits, "lr": odds_lr}]
     scale = model.config.timestep_scale
     flow_steps(
-        supernet, parameters, healing, steps, seed=seed, flow_shift=flow_shift, timestep_scale=scale, before=draw
+        supernet,
+        parameters,
+        healing,
+        learning_steps,
+        seed=seed,
+        flow_shift=flow_shift,
+        timestep_scale=scale,
+        before=draw,
     )
     kept = [
         first + i
         for (first, _, _), way, odds in zip(groups, ways, logits)
         for i in way[int(odds.argmax())].nonzero().flatten().tolist()
     ]
-    return Choice(kept, "learned", {"learning steps": steps})
+    return Choice(kept, "learned", {"learning steps": learning_steps})
 
 
 def _ways(size: int, keep: int) -> torch.Tensor:

@@ -53,11 +53,11 @@ def search(
     *,
     seed: int = 0,
     candidates: int = 4,
-    heal_steps: int = 20,
+    trial_steps: int = 20,
     lr: float = TRIAL_LR,
     flow_shift: float = 3.0,
 ) -> Choice:
-    """Greedy choice of blocks by the flow loss after `heal_steps` of healing.
+    """Greedy choice of blocks by the flow loss after `trial_steps` of healing.
 
     One third of the batches' chunks is for the loss, the others for healing (all for both where there are fewer than three).
     Healing always starts from the source's weights. The result's `removed` holds a search to every smaller loss of
@@ -65,10 +65,10 @@ def search(
 
     Args:
         candidates: removals healed at each depth, those with the lowest loss unhealed.
-        heal_steps, lr, flow_shift: of each healing; flow_shift as in the pipeline.
+        trial_steps, lr, flow_shift: of each of these healings; flow_shift as in the pipeline.
     """
-    if candidates < 1 or heal_steps < 0:
-        raise ValueError(f"candidates must be at least 1 and heal_steps 0, got {candidates} and {heal_steps}")
+    if candidates < 1 or trial_steps < 0:
+        raise ValueError(f"candidates must be at least 1 and trial_steps 0, got {candidates} and {trial_steps}")
     judged, healing = split(batches)
     spent = {"healing steps": 0, "losses": 0}
 
@@ -81,8 +81,8 @@ def search(
         small = trainable_copy(chosen_blocks(model, kept))
         groups = [{"params": list(small.parameters()), "lr": lr}]
         scale = model.config.timestep_scale
-        flow_steps(small, groups, healing, heal_steps, seed=seed, flow_shift=flow_shift, timestep_scale=scale)
-        spent["healing steps"] += heal_steps
+        flow_steps(small, groups, healing, trial_steps, seed=seed, flow_shift=flow_shift, timestep_scale=scale)
+        spent["healing steps"] += trial_steps
         return loss(small.eval())
 
     kept, removed = greedy(model.config.num_layers, keep, candidates, lambda k: loss(chosen_blocks(model, k)), healed)
