@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sana15.config import SanaConfig
+from sana15.device import DEVICES, resolved
 from sana15.files import replacing
 from sana15.healing import DISTILL, Healing
 from sana15.importance import Importance, block_importance
@@ -43,7 +44,7 @@ def chosen_prompts(every: int) -> list[dict[str, Any]]:
 def worth(folder: Path, args: argparse.Namespace) -> list[float]:
     """Of every prompt, the part of its pictures that the exact checker accepts."""
     entries = chosen_prompts(args.every)
-    made = Pipeline.from_pretrained(folder)(
+    made = Pipeline.from_pretrained(folder, device=args.device)(
         [e["prompt"] for e in entries], n=args.n, seed=777, steps=args.steps, batch_size=64
     )
     return [float(np.mean([check(np.asarray(p), e).correct for p in pictures])) for e, pictures in zip(entries, made)]
@@ -56,7 +57,7 @@ def chosen(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -
         removed = json.loads(order.read_text())
         if len(removed) >= (layers := SanaConfig.load(MINI / "transformer").num_layers) - keep:
             return sorted(set(range(layers)) - set(removed[: layers - keep]))
-    pipe = Pipeline.from_pretrained(MINI)
+    pipe = Pipeline.from_pretrained(MINI, device=args.device)
     prompts = calibration_prompts(pipe, None, args.count, seed)
     batches = calibration(pipe, prompts, steps=args.steps, seed=seed)
     if by in ("importance", "loss"):
@@ -85,7 +86,7 @@ def cell(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -> 
     try:
         for name, heal in (("pruned", None), ("healed", Healing(args.heal, seed=seed, distill=args.distill))):
             if name not in result:
-                prune_folder("mini", work / name, by="indices", indices=kept, heal=heal)
+                prune_folder("mini", work / name, by="indices", indices=kept, heal=heal, device=args.device)
                 result[name] = worth(work / name, args)
                 with replacing(path) as partial:
                     partial.write_text(json.dumps(result) + "\n")
@@ -182,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=DISTILL,
         help="weight of distillation in healing; another OUT for another weight",
     )
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument(
         "--smoke", action="store_true", help="one cell of each strategy, little of everything: does it run?"
     )
@@ -189,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.smoke:
         args.out, args.keep, args.seeds = Path(tempfile.mkdtemp()), [8], [0]
         args.by, args.every, args.n, args.steps, args.count, args.heal = ["importance", "loss"], 60, 1, 2, 2, 1
+    args.device = resolved(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     claim(args.out, args)
     whole = args.out / "whole.json"

@@ -67,7 +67,9 @@ def test_cells_of_other_options_are_not_mixed_in(experiment, tmp_path):
 
 def test_a_cell_is_filled_where_it_is_not(experiment, tmp_path, monkeypatch):
     """Blocks that were chosen, and their score, stay; a complete cell is left alone; the report has complete ones only."""
-    args = argparse.Namespace(heal=7, distill=3.0, every=5, n=1, steps=2, keep=[8], by=["loss", "learned"])
+    args = argparse.Namespace(
+        heal=7, distill=3.0, every=5, n=1, steps=2, keep=[8], by=["loss", "learned"], device="cpu"
+    )
     pruned, scored = [], []
 
     def prune(source, target, *, indices, heal, **options):
