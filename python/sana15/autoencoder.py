@@ -36,9 +36,9 @@ MINI = {
 class Autoencoder(nn.Module):
     """encode: [B, 3, H, W] in [-1, 1] -> [B, channels, H / factor, W / factor] of about unit variance; decode: the inverse."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # diffusers' AutoencoderDC
 
     @staticmethod
     def build(config: dict[str, Any]) -> Autoencoder:

@@ -67,7 +67,7 @@ class Detector:
         from transformers import Mask2FormerForUniversalSegmentation
 
         try:
-            model = Mask2FormerForUniversalSegmentation.from_pretrained(source)
+            model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(source)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(f"{source} is no Mask2Former: {' '.join(str(error).split())[:200]}") from None
         path = Path(source) / "preprocessor_config.json"
@@ -139,7 +139,11 @@ class ClipColors:
             means = vectors.view(len(COLOR_NAMES), len(TEMPLATES), -1).mean(1)
             self._known[name] = nn.functional.normalize(means, dim=-1)  # [colours, D]
         blank = Image.new("RGB", picture.size, BLANK)
-        crops = [Image.composite(picture, blank, Image.fromarray(b.mask)).crop(tuple(map(int, b.box))) for b in boxes]
+        crops = []
+        for b in boxes:
+            left, top, right, bottom = map(int, b.box)
+            alone = Image.composite(picture, blank, Image.fromarray(b.mask))
+            crops.append(alone.crop((left, top, right, bottom)))
         seen = nn.functional.normalize(self.embed_pictures(crops).float(), dim=-1)
         return [COLOR_NAMES[i] for i in (seen @ self._known[name].T).argmax(1).tolist()]
 

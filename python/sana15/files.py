@@ -99,7 +99,7 @@ def stream_tensors(
             tensor = make().detach().to("cpu", dtype).contiguous()
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ class DiffusersGenerator:
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
         vae, processor = getattr(self.pipe, "vae", None), getattr(self.pipe, "image_processor", None)
         scaling = getattr(getattr(vae, "config", None), "scaling_factor", None)
-        if latents.dim() != 4 or scaling is None or processor is None:
+        if latents.dim() != 4 or vae is None or scaling is None or processor is None:
             raise ValueError(f"give decode=: how {type(self.pipe).__name__} decodes its latents is not known")
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         pictures = vae.decode(latents.to(vae.dtype) / scaling + shift, return_dict=False)[0]

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -93,9 +94,8 @@ def grown_weights(weights: Weights, config: SanaConfig, blocks: Sequence[int | N
             grown[name] = weights[old]
         else:
             like = weights.get(f"{BLOCKS}0.{inner}", weights[f"{BLOCKS}0.attn1.to_q.weight"])
-            grown[name] = Weight(
-                shape, like.dtype, lambda n=name, s=shape, d=like.dtype: new_tensor(n, s, seed, config.width).to(d)
-            )  # type: ignore[misc]
+            make = partial(_new_in, like.dtype, name, shape, seed, config.width)
+            grown[name] = Weight(shape, like.dtype, make)
     return grown
 
 
@@ -105,6 +105,10 @@ def block_of(name: str) -> tuple[int | None, str]:
         return None, name
     _, index, inner = name.split(".", 2)
     return int(index), inner
+
+
+def _new_in(dtype: torch.dtype, name: str, shape: tuple[int, ...], seed: int, width: int) -> torch.Tensor:
+    return new_tensor(name, shape, seed, width).to(dtype)
 
 
 def new_tensor(name: str, shape: tuple[int, ...], seed: int, width: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ def table(found: Importance) -> str:
     """By block: importance and loss change, with the rank of each (1 is pruned first)."""
     titles = ["block", "1 - cosine", "rank"] + ["loss change", "rank"] * (found.loss is not None)
     columns = [found.cosine] + [found.loss_change] * (found.loss is not None)
-    ranks = [[sorted(range(found.layers), key=lambda i: c[i]).index(b) + 1 for b in range(found.layers)] for c in columns]  # type: ignore[misc]  # fmt: skip
+    ranks = [[sorted(range(found.layers), key=lambda i: c[i]).index(b) + 1 for b in range(found.layers)] for c in columns]  # fmt: skip
     lines = ["  ".join(title.rjust(11) for title in titles)]
     for b in range(found.layers):
         cells = [str(b)] + [cell for c, r in zip(columns, ranks) for cell in (f"{c[b]:.5f}", str(r[b]))]

@@ -138,7 +138,7 @@ def _without_memory(dtype: torch.dtype) -> Iterator[None]:
 def table(rows: list[TrainingMemory]) -> str:
     """For the terminal, in GiB."""
     heads = ("precision", "optimizer", "weights", "gradients", "state", "activations", "total", "least")
-    lines = [heads]
+    lines: list[tuple[str, ...]] = [heads]
     for row in rows:
         values = (row.weights, row.gradients, row.state, row.activations, row.total, row.least)
         lines.append((row.precision, row.optimizer, *(f"{value / 2**30:.2f}" for value in values)))

@@ -8,7 +8,8 @@ B batch, h x w latent grid, N = h*w tokens, T text tokens, C width, H heads, D h
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ class SelfAttention(nn.Module):
         C = config.width
         self.heads = config.num_attention_heads
         if config.qk_norm:
-            self.norm_q, self.norm_k = RMSNorm(C), RMSNorm(C)
+            self.norm_q: RMSNorm | None = RMSNorm(C)
+            self.norm_k: RMSNorm | None = RMSNorm(C)
         else:
             self.norm_q = self.norm_k = None
         self.to_q = Linear(C, C, bias=config.attention_bias)
@@ -61,7 +63,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, C] -> [B, N, C]
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
-        weights = {}
+        weights: dict[str, Any] = {}
         if self.norm_q is not None and self.norm_k is not None:
             weights = {"weight_q": self.norm_q.weight, "weight_k": self.norm_k.weight, "norm_eps": self.norm_q.eps}
         out = self.to_out[0](sana_ext.linear_attention(q, k, v, **weights).flatten(2))
@@ -77,7 +79,8 @@ class CrossAttention(nn.Module):
         C = config.width
         self.heads = config.num_cross_attention_heads
         if config.qk_norm:
-            self.norm_q, self.norm_k = RMSNorm(C), RMSNorm(C)
+            self.norm_q: nn.Module = RMSNorm(C)
+            self.norm_k: nn.Module = RMSNorm(C)
         else:
             self.norm_q = self.norm_k = nn.Identity()
         self.to_q, self.to_k, self.to_v = Linear(C, C), Linear(C, C), Linear(C, C)
@@ -326,6 +329,7 @@ class SanaTransformer(nn.Module):
         x = self.patch_embed(latents).contiguous()
         embedded, t6 = self.time_embed(timestep, guidance, x.dtype)
         blocks: list[Block] = list(self.transformer_blocks)  # type: ignore[arg-type]
+        texts: Sequence[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
         if isinstance(text, Text):
             bias, texts = text.bias, text.pairs
         else:

@@ -63,7 +63,7 @@ class _LowRank(nn.Module):
 class _Gated(nn.Module):
     """x + gate * (block(x) - x); the gate is a number that the draw of each step sets."""
 
-    def __init__(self, block: nn.Module, eps: float) -> None:
+    def __init__(self, block: Any, eps: float) -> None:
         super().__init__()
         self.block, self.eps = block, eps
         self.gate = torch.ones(())

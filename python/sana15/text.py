@@ -49,7 +49,7 @@ def complex_human_instruction() -> str:
 class GemmaTextEncoder:
     """Gemma-2's last hidden states (arXiv:2410.10629 section 2.3): instruction + prompt, right-padded, 300 tokens kept."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, instruction: str | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, instruction: str | None = None) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.tokenizer.padding_side = "right"
         self.width = model.config.hidden_size

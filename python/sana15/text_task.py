@@ -33,7 +33,7 @@ class TextTask:
     def __init__(self, config: TrainConfig, device: str) -> None:
         self.config, self.device = config.text, device
         encoder = MiniTextEncoder(list(word_list()), self.config.width, self.config.heads, self.config.passes)
-        self.module: nn.Module = nn.ModuleDict(
+        self.module: Any = nn.ModuleDict(
             {"text": encoder, "answers": nn.Linear(self.config.width, sum(QUESTIONS.values()))}
         ).to(device)
         self._nouns = {word: shape for shape in SHAPES for word in (shape, *_plural_of(shape))}

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +36,8 @@ from .train_config import TrainConfig, load_config
 class Task(Protocol):
     """What is trained: a module, its loss on a batch, and what to write down now and then."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor: ...
 
@@ -79,6 +81,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def train(config: TrainConfig) -> Path:
     """Runs (or resumes) to config.steps and exports the averaged weights to out/export; returns that folder."""
+    from .train_tasks import TransformerTask
+
     out, device = Path(config.out), resolved(config.device)
     out.mkdir(parents=True, exist_ok=True)
     _record_config(config, out)
@@ -89,7 +93,7 @@ def train(config: TrainConfig) -> Path:
     average = Average(task.module, config.ema)
     first, averaged = resume(out, task.module, optimizer)
     average.values = averaged or average.values
-    if not first and config.task == "transformer" and config.transformer.start_run:
+    if not first and isinstance(task, TransformerTask) and config.transformer.start_run:
         take_over(Path(config.transformer.start_run), config.optimizer, optimizer, task.growth_map)
     log = MetricsLog(out, first)
     bar = tqdm(total=config.steps, initial=first, desc=config.task, unit="step", disable=None)
@@ -143,13 +147,16 @@ def _optimizer(config: TrainConfig, parameters: list[dict[str, Any]]) -> torch.o
         return sana_ext.optim.AdamW8bit(parameters, **shared)
     if config.optimizer == "soap":
         return SOAP(parameters, **shared)
-    return sana_ext.optim.CAME8bit(parameters, **shared, **({"code": None} if config.optimizer == "came" else {}))
+    if config.optimizer == "came":
+        shared["code"] = None
+    return sana_ext.optim.CAME8bit(parameters, **shared)
 
 
 def _task(config: TrainConfig, device: str) -> Task:
     from .text_task import TextTask
     from .train_tasks import AutoencoderTask, TransformerTask
 
+    tasks: dict[str, Callable[[TrainConfig, str], Task]]
     tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "transformer": TransformerTask}
     return tasks[config.task](config, device)
 
@@ -171,7 +178,7 @@ def _record_config(config: TrainConfig, out: Path) -> None:
     path, values = out / "config.yaml", dataclasses.asdict(config)
     if path.exists():
         before = dataclasses.asdict(load_config(path, []))  # options that came later take their defaults
-        free = ("steps", "log_every", "save_every", "keep", "workers", "device", "out")
+        free: tuple[str, ...] = ("steps", "log_every", "save_every", "keep", "workers", "device", "out")
         free += ("sample_every", "sample_steps", "sample_guidance", "sample_guidance_interval")
         before["transformer"]["compile"] = values["transformer"]["compile"]
         changed = [k for k in values if k not in free and before[k] != values[k]]
@@ -191,7 +198,7 @@ class MetricsLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
+            self.board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=first)
         except ImportError:
             self.board = None
 

@@ -165,7 +165,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     built = {}
     for name, value in values.items():
         kind = types[name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ValueError(f"{prefix}{name} must be a mapping, got {value!r}")
             built[name] = _build(kind, value, f"{prefix}{name}.")

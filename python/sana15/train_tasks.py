@@ -36,7 +36,7 @@ class AutoencoderTask:
 
     def __init__(self, config: TrainConfig, device: str) -> None:
         self.config, self.device = config.autoencoder, device
-        self.module: nn.Module = Autoencoder.build(MINI).to(device)
+        self.module = Autoencoder.build(MINI).to(device)
         self.validation = SceneBatches(VALIDATION_SEED, 64, 1)[0].pictures.to(device)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
@@ -87,7 +87,7 @@ class TransformerTask:
             model = SanaTransformer(SanaConfig.named(self.config.size, out_channels=self.autoencoder.channels, **sizes))
             initialise(model)
         model.gradient_checkpointing = self.config.gradient_checkpointing
-        self.module: nn.Module = nn.ModuleDict({"text": text, "transformer": model}).to(device)
+        self.module: Any = nn.ModuleDict({"text": text, "transformer": model}).to(device)
         self.denoise = torch.compile(model) if self.config.compile else model
         self.distillation = self._distillation(model)
 
@@ -157,10 +157,10 @@ class TransformerTask:
 
     def sample(self, folder: Path, step: int) -> dict[str, float]:
         """A grid of fixed prompts and seeds, and the exact checker's score on a fixed part of the test set."""
-        entries = test_set()[::5]
+        entries, (low, high) = test_set()[::5], self.run.sample_guidance_interval
         made = self.pipeline()(
             [entry["prompt"] for entry in entries], n=1, seed=1, steps=self.run.sample_steps,
-            guidance=self.run.sample_guidance, guidance_interval=tuple(self.run.sample_guidance_interval),
+            guidance=self.run.sample_guidance, guidance_interval=(low, high),
             batch_size=64,
         )  # fmt: skip
         correct: dict[str, list[bool]] = {}
@@ -205,7 +205,8 @@ def initialise(model: SanaTransformer) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(model.config.width, -1))
-    for block in model.transformer_blocks:
+    blocks: list[Any] = list(model.transformer_blocks)
+    for block in blocks:
         for projection in (block.attn2.to_k, block.attn2.to_v):
             projection.weight.data.mul_(0.1)
     for part in (model.time_embed, model.caption_projection):

@@ -22,7 +22,8 @@ def make(name: str, device: str = "cpu") -> Judge:
     if kind in ("http", "https"):
         from .server import ServerJudge
 
-        return ServerJudge(*name.split("#", 1)) if "#" in name else ServerJudge(name)
+        url, _, model = name.partition("#")
+        return ServerJudge(url, model) if "#" in name else ServerJudge(url)
     if name == "scenes":
         from .scene import SceneJudge
 

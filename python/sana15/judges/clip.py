@@ -26,7 +26,8 @@ class ClipJudge:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            model, processor = CLIPModel.from_pretrained(source), CLIPProcessor.from_pretrained(source)
+            model: Any = CLIPModel.from_pretrained(source)
+            processor = CLIPProcessor.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{source} is no CLIP model: {' '.join(str(error).split())[:200]}") from None
         return ClipJudge(model.to(device), processor, source)

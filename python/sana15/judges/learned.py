@@ -189,7 +189,7 @@ class LearnedJudge:
     @torch.no_grad()
     def judge(self, pictures: Sequence[Image.Image], line: Mapping[str, Any]) -> list[Verdict]:
         asked = scene_line(line)
-        device = self.network.stem[0].weight.device
+        device = next(self.network.parameters()).device
         found = [find(out) for out in self.network(to_tensor(pictures).to(device)).cpu()]
         return [_verdict(probability(objects, asked), objects) for objects in found]
 

@@ -106,7 +106,7 @@ def loss(out: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch
 
 
 def batch(
-    seed: int, step: int, count: int, through: nn.Module | None
+    seed: int, step: int, count: int, through: Autoencoder | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pictures [B, 3, 64, 64], targets and weights of one step; they depend on (seed, step) only.
 

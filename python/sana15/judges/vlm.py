@@ -34,7 +34,7 @@ class VisionLanguageJudge:
 
         try:
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-            model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype="auto")
+            model: Any = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype="auto")
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{source} is no vision-language model of transformers: {_first_line(error)}") from None
         return VisionLanguageJudge(model.to(device), processor, source)

@@ -241,7 +241,8 @@ class PromptSearch:
     def _prefer(self, a: int, b: int) -> bool:
         self.spent.judge_calls += 1
         if (a, b) not in self._preferred:
-            answer = self.judges[0].prefer(*self._open([a, b]), self.line)
+            first, second = self._open([a, b])
+            answer = self.judges[0].prefer(first, second, self.line)
             self._recall(self._note("prefer", first=a, second=b, prefers_first=answer))
         return self._preferred[a, b]
 

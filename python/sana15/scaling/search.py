@@ -223,7 +223,7 @@ def _as_json(found: Sequence[Found]) -> dict[str, Any]:
         }
         for f in found
     ]  # fmt: skip
-    totals = {key: sum(p[key] for p in prompts) for key in ("made", "evaluations", "judge_calls")}  # type: ignore[misc]
+    totals = {key: sum(p[key] for p in prompts) for key in ("made", "evaluations", "judge_calls")}
     return totals | {"unjudged": [p["index"] for p in prompts if p["unjudged"]], "prompts": prompts}
 
 

@@ -27,7 +27,7 @@ class Tile:
 
 def scored(result: SearchResult) -> list[tuple[str, list[Tile]]]:
     """The first prompts with their candidates, sorted by the score of the search; prompts without scores are left out."""
-    rows = []
+    rows: list[tuple[str, list[Tile]]] = []
     for f in result.found:
         if len(rows) == ROWS or not f.order:
             continue
