@@ -149,7 +149,7 @@ def test_learned_draws_with_gumbel_noise_that_depends_on_the_seed(idle, monkeypa
             odds.data[0] = math.log(3)
         for step in range(steps):
             before(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
-            drawn.setdefault(seed, []).append([round(float(b.gate), 5) for b in supernet.transformer_blocks])
+            drawn.setdefault(seed, []).append([round(b.gate.item(), 5) for b in supernet.transformer_blocks])
 
     monkeypatch.setattr(pruning_learned, "flow_steps", watched)
     for seed in (0, 1, 0):
