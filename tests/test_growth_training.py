@@ -15,7 +15,7 @@ from sana15.checkpoint import WEIGHTS
 from sana15.growth import block_of
 from sana15.growth_files import grow_folder
 from sana15.growth_training import block_groups, block_multipliers, set_learning_rates
-from sana15.train import _optimizer, _task, train
+from sana15.train import _task, make_optimizer, train
 from sana15.train_checkpoints import resume, take_over
 from sana15.train_config import load_config
 from sana15.train_tasks import TransformerTask
@@ -230,10 +230,10 @@ def test_a_run_takes_over_the_optimizer_states_of_the_run_before(kind, tmp_path)
     second = load_config(None, [*common, *takes, "transformer.new_lr=2", f"out={tmp_path / 'second'}"])
 
     task = _task(second, "cpu")
-    optimizer = _optimizer(second, task.groups())
+    optimizer = make_optimizer(second, task.groups())
     take_over(tmp_path / "first", kind, optimizer, task.growth_map)
     before = _task(load_config(None, first), "cpu")
-    source_optimizer = _optimizer(load_config(None, first), before.groups())
+    source_optimizer = make_optimizer(load_config(None, first), before.groups())
     resume(tmp_path / "first", before.module, source_optimizer)
     old, new = by_name(source_optimizer, before.module), by_name(optimizer, task.module)
     assert task.growth_map == [0, None, None, 1]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from sana15 import train as training
 from sana15.checkpoint import folder_weights, load_transformer, save_transformer
 from sana15.cli import main, parser
 from sana15.data import SceneBatches
+from sana15.distillation import Distillation, counterparts
 from sana15.files import DataError
-from sana15.healing import Distillation, Healing, counterparts
+from sana15.healing import Healing
 from sana15.importance import batch_loss
 from sana15.pipeline import MINI, Pipeline
 from sana15.pruning import Choice
@@ -56,7 +58,7 @@ def test_trains_the_transformer_and_nothing_else(tmp_path):
     assert others(healed) == others(plain)
     settings = json.loads((healed / "sana15.json").read_text())
     assert settings["pruning"]["kept"] == KEPT
-    assert Healing(**settings["pruning"]["healing"]) == QUICK.for_kept(KEPT, 12)
+    assert Healing(**settings["pruning"]["healing"]) == replace(QUICK.for_kept(KEPT, 12), data="scenes")
     assert settings["guidance"] == json.loads((MINI / "sana15.json").read_text())["guidance"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "healed", "other", "plain"]
     Pipeline.from_pretrained(healed)("a red circle", steps=2)
@@ -125,7 +127,16 @@ def test_the_loss_of_several_noise_levels_a_picture(tmp_path, flow):
 def test_documented_defaults():
     args = parser().parse_args(["prune", "mini", "out", "--heal"])
     assert (args.heal, args.count, args.steps, args.seed) == (100, 100, 20, 0)
-    assert Healing() == Healing(steps=100, lr=None, batch_size=64, noises=4, distill=10.0, seed=0)
+    assert (args.heal_on, args.heal_batch, args.heal_lr) == (None, None, None)
+    assert Healing() == Healing(steps=100, lr=None, batch_size=None, noises=4, distill=10.0, seed=0, data=None)
+    mini, other = Pipeline.from_pretrained("mini").text, object()
+    assert Healing().of_model(mini) == Healing(batch_size=64, data="scenes")
+    assert Healing(data="samples").of_model(mini) == Healing(batch_size=64, data="samples")
+    assert Healing().of_model(other) == Healing(batch_size=4, data="samples", lr=1e-4)
+    given = Healing(batch_size=2, data="samples", lr=3e-5)
+    assert given.of_model(other) == given.of_model(mini) == given
+    with pytest.raises(ValueError, match="only a model with the mini text encoder can be healed on rendered scenes"):
+        Healing(data="scenes").of_model(other)
     assert Healing(distill=0).for_kept([0, 1, 2, 3, 4, 6], 12).lr == 5e-3
     assert Healing(lr=1e-4).for_kept([0, 1, 2, 3, 4, 6], 12).lr == 1e-4
 
@@ -250,7 +261,7 @@ def test_an_interrupted_healing_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruning_files, "heal_folder", interrupted)
+    monkeypatch.setattr(pruning_files, "heal_on_scenes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune_folder("mini", tmp_path / "out", by="indices", indices=KEPT, heal=QUICK)
     assert not list(tmp_path.iterdir())
@@ -327,6 +338,12 @@ def test_search_and_learned_get_the_models_flow_shift(tmp_path, monkeypatch):
         (["--keep", "8", "--candidates", "3"], "--candidates belongs to --by search"),
         (["--keep", "8", "--by", "search", "--rank", "3"], "--rank belongs to --by learned"),
         (["--keep", "8", "--distill", "1"], "--distill belongs to --heal"),
+        (["--keep", "8", "--heal-on", "samples"], "--heal-on belongs to --heal"),
+        (["--keep", "8", "--heal-batch", "2"], "--heal-batch belongs to --heal"),
+        (["--keep", "8", "--heal-lr", "1e-3"], "--heal-lr belongs to --heal"),
+        (["--indices", "0,1", "--heal", "--heal-batch", "0"], "at least one step of one picture"),
+        (["--indices", "0,1", "--heal", "--heal-lr", "nan"], "lr must be above 0 and finite, got nan"),
+        (["--indices", "0,1", "--prompts", "test", "--heal"], "nothing here needs them"),
         (["--indices", "0,1", "--by", "indices", "--heal", "0"], "at least one step"),
         (["--indices", "0,1", "--by", "indices", "--heal", "--distill", "-1"], "distill must be at least 0"),
         (["--indices", "0,1", "--heal", "--distill", "inf"], "distill must be at least 0 and finite, got inf"),

@@ -274,8 +274,15 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const=100,
         metavar="STEPS",
-        help="train the pruned model on scenes (default 100 steps)",
+        help="train the pruned model (default 100 steps)",
     )
+    prune.add_argument(
+        "--heal-on",
+        choices=("scenes", "samples"),
+        help="rendered scenes (default; mini text encoder only) or what SRC makes of the calibration prompts (else)",
+    )
+    prune.add_argument("--heal-batch", type=int, metavar="N", help="pictures of a step (default: 64 mini, else 4)")
+    prune.add_argument("--heal-lr", type=float, metavar="RATE", help="default: by the depth taken away; else 1e-4")
     prune.add_argument(
         "--distill",
         type=float,

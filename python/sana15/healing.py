@@ -1,4 +1,4 @@
-"""Healing after pruning: a few steps of training. In memory on calibration batches, or of a folder by sana15 train's loop."""
+"""Healing after pruning: a few steps of training. In memory on calibration batches, or of a folder on scenes or samples."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from torch import nn
 
 from . import flow
 from .checkpoint import folder_weights
+from .distillation import counterparts
 from .files import DTYPES, DataError
 from .model import SanaTransformer
 from .model_folders import SETTINGS, ModelFolder
 from .sampling import check_training_seed
+from .train_config import TrainConfig
 from .trajectory import CalibrationBatch
 
 STEPS = 100  # the paper's
-BATCH = 64
+BATCH = 64  # of the mini model; of others LARGE_BATCH
 NOISES = 4
 DISTILL = 10.0
 LR, LR_LIMIT, PLAIN_LR = 1.6e-3, 2e-2, 5e-3  # with distillation (see Healing.for_kept), and without: docs/pruning.md
+# Of models other than the mini one, not measured: a batch for one GPU, the paper's rate of training, AdamW's 8-bit state.
+LARGE_BATCH, LARGE_LR, LARGE_OPTIMIZER = 4, 1e-4, "adamw8bit"
+DATA = ("scenes", "samples")
 DECAY_PART = 0.3  # of the steps, in which the learning rate falls to zero
 CAPTION_DROP = 0.25  # guidance subtracts the unconditional branch, so its errors count nearly as much as the other's
-VELOCITY = 0.1  # weight of the velocity's distance beside the features'
-MASKED = 3.0  # activations beyond so many standard deviations are left out of the distillation
 
 
 def trainable_copy(model: SanaTransformer) -> SanaTransformer:
@@ -85,113 +88,61 @@ def flow_steps(
         optimizer.zero_grad(set_to_none=True)
 
 
-def counterparts(kept: Sequence[int], layers: int) -> list[int]:
-    """For each kept block the source's block whose output its own is to become; the last has the source's last.
-
-    The missing blocks' work is spread evenly: the sum of squared numbers of source blocks per kept block is as small as it
-    can be. Of the ways to do that, each block gets input as near as possible (squared distance in blocks) to what it was
-    trained on. Kept blocks 0 1 2 3 of 12 become 2 5 8 11, and 0 2 3 5 of 6 stay before the next ones: 1 2 4 5.
-    """
-    n = len(kept)
-    share, extra = divmod(layers, n)  # `extra` blocks do the work of share + 1, the others of share
-    # By the number of extra ones so far: the squared distances' sum, and the source's depth after each block.
-    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
-    for j in range(n):
-        reached: dict[int, tuple[int, list[int]]] = {}
-        for count, (cost, depths) in best.items():
-            depth = depths[-1] if depths else 0
-            for more in (0, 1):
-                if count + more <= extra and extra - count - more <= n - 1 - j:
-                    found = (cost + (depth - kept[j]) ** 2, [*depths, depth + share + more])
-                    if count + more not in reached or found < reached[count + more]:
-                        reached[count + more] = found
-        best = reached
-    return [depth - 1 for depth in best[extra][1]]
-
-
-class Distillation:
-    """The distance of a pruned model's activations from its source's, on the input that the pruned model has just had.
-
-    VELOCITY times the mean squared difference of the velocities, plus the mean over blocks of this: a kept block's output against its
-    counterpart's, mean squared difference over the source's variance, activations beyond MASKED standard deviations left
-    out on both sides. A few activations of diffusion transformers are hundreds of times larger than the others, and plain
-    distillation fits those.
-
-    Args:
-        student: the pruned model; it is given hooks. teacher: its source. kept: the teacher's blocks in the student.
-    """
-
-    def __init__(self, student: SanaTransformer, teacher: SanaTransformer, kept: Sequence[int]) -> None:
-        possible = all(a < b for a, b in zip([-1, *kept], [*kept, teacher.config.num_layers]))
-        if len(kept) != student.config.num_layers or not possible:
-            raise ValueError("the kept blocks are not those of a model pruned from this teacher")
-        if student.config.width != teacher.config.width:
-            raise ValueError(f"the teacher's width is {teacher.config.width}, the model's {student.config.width}")
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.velocity = torch.empty(0)
-        self.student_features: list[torch.Tensor] = []
-        self.teacher_features: list[torch.Tensor] = []
-        student.register_forward_pre_hook(self._begin, with_kwargs=True)
-        student.register_forward_hook(lambda _, inputs, output: setattr(self, "velocity", output))
-        for block in student.transformer_blocks:
-            block.register_forward_hook(lambda _, inputs, outputs: self.student_features.append(outputs[0]))
-        for i in counterparts(kept, teacher.config.num_layers):
-            teacher.transformer_blocks[i].register_forward_hook(
-                lambda _, inputs, outputs: self.teacher_features.append(outputs[0])
-            )
-
-    def _begin(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.inputs = (inputs, named)
-        self.student_features.clear()
-
-    def loss(self) -> torch.Tensor:
-        self.teacher_features.clear()
-        with torch.no_grad():
-            velocity = self.teacher(*self.inputs[0], **self.inputs[1])
-        terms = []
-        for ours, theirs in zip(self.student_features, self.teacher_features):
-            theirs = theirs.float()
-            deviation = theirs.std()
-            keep = (theirs - theirs.mean()).abs() <= MASKED * deviation
-            error = (ours.float() - theirs).square()[keep].mean()
-            terms.append(error / theirs[keep].var().clamp_min(1e-12))
-        distance = (self.velocity.float() - velocity.float()).square().mean()
-        return torch.stack(terms).mean() + VELOCITY * distance
-
-
 @dataclass(frozen=True)
 class Healing:
     """Training after pruning.
 
     Args:
-        steps: of training, of batch_size rendered scenes each, each scene at `noises` noise levels.
-        lr: SOAP's; it falls to zero over the last DECAY_PART of the steps. None: see `for_kept`.
+        steps: of training, of batch_size pictures each, each picture at `noises` noise levels. batch_size None: BATCH for the
+            mini model, LARGE_BATCH for others.
+        data: "scenes", rendered ones, for models with the mini text encoder; or "samples", what the source makes of prompts,
+            for any. None: scenes where they are possible.
+        lr: SOAP's (of other models than the mini one AdamW8bit's); it falls to zero over the last DECAY_PART of the steps.
+            None: see `for_kept`.
         distill: weight of the distillation of the source's features and velocity, in the place of the flow loss; 0: the flow
             loss. Known features are a far less noisy target than random noise, which is what counts in 100 steps.
     """
 
     steps: int = STEPS
     lr: float | None = None
-    batch_size: int = BATCH
+    batch_size: int | None = None
     seed: int = 0
     distill: float = DISTILL
     noises: int = NOISES
+    data: str | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.noises < 1:
+        if self.steps < 1 or self.noises < 1 or (self.batch_size is not None and self.batch_size < 1):
             raise ValueError(f"healing takes at least one step of one picture, got {self.steps} of {self.batch_size}")
         check_training_seed(self.seed)
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"healing's lr must be above 0 and finite, got {self.lr}")
         if not 0 <= self.distill < math.inf:
             raise ValueError(f"healing's distill must be at least 0 and finite, got {self.distill}")
+        if self.data not in (None, *DATA):
+            raise ValueError(f"healing's data must be one of {', '.join(DATA)}, got {self.data!r}")
+
+    def of_model(self, text: Any) -> Healing:
+        """With `data` and `batch_size` for a pipeline with this text encoder; ValueError for scenes that its words do not tell of."""
+        from .text import MiniTextEncoder
+
+        mini = isinstance(text, MiniTextEncoder)
+        if self.data == "scenes" and not mini:
+            raise ValueError(
+                "only a model with the mini text encoder can be healed on rendered scenes; others on samples"
+            )
+        return replace(
+            self, data=self.data or ("scenes" if mini else "samples"),
+            batch_size=self.batch_size or (BATCH if mini else LARGE_BATCH),
+            lr=self.lr if mini or self.lr else LARGE_LR,
+        )  # fmt: skip
 
     def for_kept(self, kept: Sequence[int], layers: int) -> Healing:
         """With an `lr`: where there is none, PLAIN_LR without distillation, and with it LR times a distance, to LR_LIMIT.
 
         The distance is the mean over kept blocks of a^2 + b^2: a source blocks whose work it learns to do, from an input b
         blocks away from the one it was trained on. The larger it is, the farther the weights have to go in the same steps.
+        Both are SOAP's rates for the mini model; `of_model` gives others LARGE_LR.
         """
         if self.lr is not None:
             return self
@@ -203,15 +154,7 @@ class Healing:
         return replace(self, lr=min(LR_LIMIT, LR * sum(squares) / len(kept)))
 
 
-def require_healable(text: Any) -> None:
-    """ValueError for a text encoder that rendered scenes cannot train a model for."""
-    from .text import MiniTextEncoder
-
-    if not isinstance(text, MiniTextEncoder):
-        raise ValueError("healing trains on rendered scenes: only models with the mini text encoder can be healed here")
-
-
-def heal_folder(folder: Path, teacher: Path, healing: Healing, device: str = "auto") -> None:
+def heal_on_scenes(folder: Path, teacher: Path, healing: Healing, device: str = "auto") -> None:
     """Trains the transformer of a pruned pipeline folder on rendered scenes, in place, by the loop of sana15 train.
 
     The text encoder stays as it is. The run is written into a folder beside, which is removed.
@@ -223,32 +166,36 @@ def heal_folder(folder: Path, teacher: Path, healing: Healing, device: str = "au
     """
     from .pipeline import Pipeline
     from .train import train
-    from .train_config import TrainConfig, TransformerConfig
+    from .train_config import TransformerConfig
 
     pipe = Pipeline.from_pretrained(folder)
-    require_healable(pipe.text)
-    rate = healing.for_kept(kept_of(folder), ModelFolder(teacher).config.num_layers).lr
-    assert rate is not None
+    healing = healing.of_model(pipe.text).for_kept(kept_of(folder), ModelFolder(teacher).config.num_layers)
     transformer = TransformerConfig(
         autoencoder=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), start=str(folder),
         flow_shift=pipe.flow_shift, teacher=str(teacher) if healing.distill else "", distill=healing.distill,
         flow_weight=0.0 if healing.distill else 1.0, noises=healing.noises, stratified=True, caption_drop=CAPTION_DROP,
-        export=_dtype_name(folder / "transformer"),
+        export=dtype_name(folder / "transformer"),
     )  # fmt: skip
-    steps = healing.steps
     with tempfile.TemporaryDirectory(dir=folder, prefix="healing-") as run:
-        config = TrainConfig(
-            out=run, seed=healing.seed, steps=steps, batch_size=healing.batch_size, lr=rate,
-            optimizer="soap", warmup=max(1, steps // 10), schedule="decay", decay_part=DECAY_PART, ema=0.9,
-            precision="bf16", device=device, save_every=steps, keep=1,
-            sample_every=steps + 1, sample_steps=1, transformer=transformer,
-        )  # fmt: skip
-        made = train(config)
+        made = train(training_of(
+            healing, "soap", out=run, device=device, save_every=healing.steps, keep=1, sample_every=healing.steps + 1,
+            sample_steps=1, transformer=transformer,
+        ))  # fmt: skip
         shutil.rmtree(folder / "transformer")
         shutil.move(made / "transformer", folder / "transformer")
 
 
-def _dtype_name(folder: Path) -> str:
+def training_of(healing: Healing, optimizer: str, **others: Any) -> TrainConfig:
+    """The configuration of a healing's training; `healing` has its rate and batch size."""
+    assert healing.lr is not None
+    assert healing.batch_size is not None
+    return TrainConfig(
+        seed=healing.seed, steps=healing.steps, batch_size=healing.batch_size, lr=healing.lr, optimizer=optimizer,
+        warmup=max(1, healing.steps // 10), schedule="decay", decay_part=DECAY_PART, ema=0.9, precision="bf16", **others,
+    )  # fmt: skip
+
+
+def dtype_name(folder: Path) -> str:
     """Of the folder's widest weights, in which the healed ones are written; fp32 for fp64."""
     widest = max((w.dtype for w in folder_weights(folder).values()), key=lambda dtype: dtype.itemsize)
     return {v: k for k, v in DTYPES.items()}.get(widest, "fp32")

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from .checkpoint import parse_bytes, weights_sha256
 from .device import resolved
 from .files import DataError
 from .growth import grown_weights
-from .healing import DISTILL, Healing, heal_folder, require_healable
+from .healing import DISTILL, Healing, heal_on_scenes
+from .healing_samples import Samples, heal_on_samples
 from .importance import Importance
 from .model_folders import SETTINGS, ModelFolder
 from .pipeline import Pipeline
 from .pruning import Choice, check_keep, choose, pruned_config, strategy
-from .trajectory import calibration, calibration_prompts
+from .trajectory import CalibrationBatch, calibration, calibration_prompts
 
 
 def prune_folder(
@@ -51,9 +52,9 @@ def prune_folder(
         target: must not exist; it appears when everything is written.
         keep, by, importance, indices, seed, options: as in sana15.prune. Without `importance` or `indices` the source must
             be a pipeline: it is loaded and calibrated.
-        prompts, count, sampling_steps, batch_size: of the calibration, see sana15 importance.
+        prompts, count, sampling_steps, batch_size: of the calibration, see sana15 importance; and of a healing on samples.
         shard_bytes: the most that a weights file may hold. Default: as the source's largest file, at least 5 GB.
-        heal: how the pruned model is trained before the target appears; of pipelines with the mini text encoder.
+        heal: how the pruned model is trained before the target appears; of pipelines.
         device: of measuring and healing: auto (the GPU where there is one), cpu or cuda.
 
     Returns:
@@ -74,34 +75,49 @@ def prune_folder(
             raise ValueError(f"all {layers} blocks are kept: there is nothing to heal")
         if not origin.pipeline:
             raise ValueError(f"{origin.root} is a transformer alone and cannot be healed; it takes a whole pipeline")
-        require_healable(Pipeline.from_pretrained(origin.root).text)
+    measuring = indices is None and importance is None
+    if measuring and not origin.pipeline:
+        raise ValueError(
+            f"{origin.root} is a transformer alone and cannot be calibrated; pass an importance or indices"
+        )
+    pipe = Pipeline.from_pretrained(origin.root, device=place) if measuring or heal is not None else None
+    if heal is not None and pipe is not None:
+        heal = heal.of_model(pipe.text)
+    sampling = heal is not None and heal.data == "samples"
+    if prompts is not None and not measuring and not sampling:
+        raise ValueError("prompts are for measuring or for healing on samples; nothing here needs them")
+    chosen = calibration_prompts(pipe, prompts, count, seed) if pipe is not None and (measuring or sampling) else []
+    samples = Samples()
+
+    def trajectories(at: Sequence[int] | None = None) -> Iterator[CalibrationBatch]:
+        assert pipe is not None
+        drawn = calibration(pipe, chosen, steps=sampling_steps, at=at, seed=seed, batch_size=batch_size)
+        return samples.remember(drawn) if sampling else drawn
+
     model = batches = None
-    if prompts is not None and (indices is not None or importance is not None):
-        raise ValueError("prompts are for measuring; with indices or an importance nothing is measured")
-    if indices is None and importance is None:
-        if not origin.pipeline:
-            raise ValueError(
-                f"{origin.root} is a transformer alone and cannot be calibrated; pass an importance or indices"
-            )
-        pipe = Pipeline.from_pretrained(origin.root, device=place)
-        model = pipe.transformer
+    if pipe is not None and measuring:
+        model, batches = pipe.transformer, trajectories()
         if by in ("search", "learned"):
             options.setdefault("flow_shift", pipe.flow_shift)
-        chosen = calibration_prompts(pipe, prompts, count, seed)
-        batches = calibration(pipe, chosen, steps=sampling_steps, seed=seed, batch_size=batch_size)
     choice = choose(
         model, layers, keep, by, importance=importance, batches=batches, indices=indices, seed=seed, **options
     )
+    if sampling and not measuring:
+        for _ in trajectories(at=[0]):
+            pass
     config = pruned_config(origin.config, choice.kept)
     settings = _recorded(origin.settings(), choice, layers)
-    if batches is not None:
+    if chosen:
         measured = {"prompts": None if prompts is None else str(prompts), "count": len(chosen), "steps": sampling_steps}
         settings["pruning"] |= {"seed": seed, "calibration": measured}
     pruned = grown_weights(weights, config, choice.kept, seed=0)
 
     def healed(whole: Path, transformer: Path) -> Path:
-        if heal is not None:
-            heal_folder(whole, origin.root, heal, place)
+        if heal is not None and pipe is not None:
+            if sampling:
+                heal_on_samples(whole, pipe, samples, heal)
+            else:
+                heal_on_scenes(whole, origin.root, heal, place)
         return whole
 
     if heal is not None:
@@ -171,8 +187,9 @@ def run(args: argparse.Namespace) -> None:
     options = strategy_options(args)
     if args.indices is None and args.keep is None:
         raise ValueError("--keep says how many blocks stay")
-    if args.heal is None and args.distill is not None:
-        raise ValueError("--distill belongs to --heal")
+    for name in ("distill", "heal_on", "heal_batch", "heal_lr"):
+        if args.heal is None and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --heal")
     source = ModelFolder(args.source)
     indices = None if args.indices is None else read_indices(args.indices, source.config.num_layers)
     importance = None
@@ -183,7 +200,10 @@ def run(args: argparse.Namespace) -> None:
             print(f"note: {args.importance} was measured on other weights ({measured.get('name')})", file=sys.stderr)
     heal = None
     if args.heal is not None:
-        heal = Healing(steps=args.heal, seed=args.seed, distill=DISTILL if args.distill is None else args.distill)
+        heal = Healing(
+            steps=args.heal, lr=args.heal_lr, batch_size=args.heal_batch, seed=args.seed,
+            distill=DISTILL if args.distill is None else args.distill, data=args.heal_on,
+        )  # fmt: skip
     choice = prune_folder(
         args.source, args.target, keep=args.keep, by=args.by, seed=args.seed, prompts=args.prompts, count=args.count,
         sampling_steps=args.steps, batch_size=args.batch_size,
@@ -195,6 +215,8 @@ def run(args: argparse.Namespace) -> None:
     if choice.spent:
         print(f"spent: {', '.join(f'{value} {name}' for name, value in choice.spent.items())}")
     if heal is not None:
+        h = ModelFolder(args.target).settings()["pruning"]["healing"]
         print(
-            f"healed: {heal.steps} steps of {heal.batch_size} pictures at {heal.noises} noise levels, distillation {heal.distill:g}"
+            f"healed: {h['steps']} steps of {h['batch_size']} {h['data']} at {h['noises']} noise levels, "
+            f"distillation {h['distill']:g}, rate {h['lr']:.2g}"
         )

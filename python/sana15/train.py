@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     task = _task(config, device)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = _optimizer(config, task.groups())
+    optimizer = make_optimizer(config, task.groups())
     average = Average(task.module, config.ema)
     first, averaged = resume(out, task.module, optimizer)
     average.values = averaged or average.values
@@ -139,7 +139,7 @@ def train(config: TrainConfig) -> Path:
     return out / "export"
 
 
-def _optimizer(config: TrainConfig, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
     shared: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **shared, fused=True)

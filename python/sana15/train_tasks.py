@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from . import flow
 from .autoencoder import MINI, Autoencoder
 from .checkpoint import load_transformer, save_transformer
 from .config import SanaConfig
 from .data import Batch, SceneBatches
+from .distillation import Distillation, training_loss
 from .files import DTYPES
 from .growth_files import recorded_map
 from .growth_training import block_groups, block_multipliers
-from .healing import Distillation, kept_of
+from .healing import kept_of
 from .model import SanaTransformer
 from .pipeline import Pipeline
 from .scenes.checker import check
@@ -141,16 +141,14 @@ class TransformerTask:
         prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), batch.prompts * c.noises)]
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
             x0 = self.autoencoder.encode(batch.pictures.to(self.device)).repeat(c.noises, 1, 1, 1)
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
-        sigma = flow.sample_sigmas(count, generator, flow_shift=c.flow_shift, stratified=c.stratified)
         text, mask = self.module["text"].encode(prompts)
         if c.compile:  # the longest prompt differs from batch to batch: one compilation for all
             for tensor in (text, mask):
                 torch._dynamo.mark_dynamic(tensor, 1)
-        loss = flow.loss(lambda x, t: self.denoise(x, text, t, mask), x0, noise, sigma.to(self.device)).mean()
-        if self.distillation is None:
-            return c.flow_weight * loss
-        return c.flow_weight * loss + c.distill * self.distillation.loss()
+        return training_loss(
+            lambda x, t: self.denoise(x, text, t, mask), x0, generator, flow_shift=c.flow_shift,
+            stratified=c.stratified, flow_weight=c.flow_weight, distillation=self.distillation, distill=c.distill,
+        )  # fmt: skip
 
     def pipeline(self) -> Pipeline:
         return Pipeline(self.module["text"], self.module["transformer"], self.autoencoder, self.config.flow_shift)

@@ -1,0 +1,119 @@
+"""Healing without pictures: a pruned model is trained on what its source makes of prompts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .checkpoint import load_transformer, save_transformer
+from .distillation import Distillation, training_loss
+from .files import DTYPES
+from .growth_training import set_learning_rates
+from .healing import CAPTION_DROP, LARGE_OPTIMIZER, Healing, dtype_name, kept_of, training_of
+from .pipeline import Pipeline
+from .text import MiniTextEncoder
+from .trajectory import CalibrationBatch
+
+
+@dataclass
+class Samples:
+    """Ends of sampled trajectories, on the CPU: latents [C, h, w] fp32, text [T, width] and mask [T], one of each per prompt."""
+
+    latents: list[torch.Tensor] = field(default_factory=list)
+    text: list[torch.Tensor] = field(default_factory=list)
+    mask: list[torch.Tensor] = field(default_factory=list)
+
+    def remember(self, batches: Iterable[CalibrationBatch]) -> Iterator[CalibrationBatch]:
+        """The batches, unchanged; of the first batch of every chunk the pictures stay here."""
+        chunk = -1
+        for batch in batches:
+            if batch.chunk != chunk:
+                chunk = batch.chunk
+                for kept, values in ((self.latents, batch.x0), (self.text, batch.text), (self.mask, batch.mask)):
+                    kept.extend(values.cpu())
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def heal_on_samples(folder: Path, pipe: Pipeline, samples: Samples, healing: Healing) -> None:
+    """Trains the transformer of a pruned pipeline folder on its source's samples, in place and on the source's device.
+
+    A step's pictures are drawn without repetition as long as there are enough. The text encoder is not needed: features
+    are those of the samples, of the empty prompt for CAPTION_DROP of them. Models other than the mini one are trained
+    with gradient checkpointing and AdamW8bit; weights, gradients and their average are fp32: about 14 bytes per parameter.
+
+    Args:
+        folder: its sana15.json says which blocks were kept.
+        pipe: the source; its transformer is the teacher. samples: of it.
+        healing: see Healing.of_model and for_kept, which have been asked.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    from .train import Average, learning_rate, make_optimizer
+
+    mini = isinstance(pipe.text, MiniTextEncoder)
+    config = training_of(healing, "soap" if mini else LARGE_OPTIMIZER)
+    student = load_transformer(folder / "transformer").to(pipe.device).train()
+    student.gradient_checkpointing = not mini
+    distillation = Distillation(student, pipe.transformer, kept_of(folder)) if healing.distill else None
+    parameters = list(student.parameters())
+    optimizer, average = make_optimizer(config, [{"params": parameters}]), Average(student, config.ema)
+    batches = _Batches(pipe, samples, config.batch_size, healing.noises)
+    for step in tqdm(range(config.steps), desc="healing", unit="step", disable=None):
+        rate = learning_rate(config, step)
+        set_learning_rates(optimizer, rate, step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        x0, text, mask = batches.draw(generator)
+
+        def denoise(
+            x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text, mask: torch.Tensor = mask
+        ) -> torch.Tensor:
+            return student(x, text, t * pipe.config.timestep_scale, mask)
+
+        with torch.autocast(pipe.device.type, torch.bfloat16):
+            loss = training_loss(
+                denoise, x0, generator, flow_shift=pipe.flow_shift, stratified=True,
+                flow_weight=0.0 if healing.distill else 1.0, distillation=distillation, distill=healing.distill,
+            )  # fmt: skip
+        if not loss.isfinite():
+            raise ValueError(f"the loss is {loss.item()} at step {step + 1}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(student, step)
+    average.swap(student)
+    dtype = DTYPES[dtype_name(folder / "transformer")]
+    shutil.rmtree(folder / "transformer")
+    save_transformer(student, folder / "transformer", dtype=dtype)
+
+
+class _Batches:
+    """Training batches of samples: latents, text and mask [count * noises, ...] on the pipeline's device."""
+
+    def __init__(self, pipe: Pipeline, samples: Samples, count: int, noises: int) -> None:
+        self.samples, self.count, self.noises, self.device = samples, count, noises, pipe.device
+        with torch.no_grad():
+            null, mask = pipe.text.encode([""], negative=True)
+        self.null = (null[0].to("cpu", samples.text[0].dtype), mask[0].cpu())
+
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        order = torch.cat(
+            [torch.randperm(len(self.samples), generator=generator) for _ in range(-(-self.count // len(self.samples)))]
+        )
+        chosen = order[: self.count].tolist() * self.noises
+        dropped = (torch.rand(len(chosen), generator=generator) < CAPTION_DROP).tolist()
+        rows = [self.null if drop else (self.samples.text[i], self.samples.mask[i]) for i, drop in zip(chosen, dropped)]
+        text = nn.utils.rnn.pad_sequence([t for t, _ in rows], batch_first=True)  # padding is masked
+        mask = nn.utils.rnn.pad_sequence([m for _, m in rows], batch_first=True)
+        x0 = torch.stack([self.samples.latents[i] for i in chosen])
+        return x0.to(self.device), text.to(self.device, torch.float32), mask.to(self.device)
