@@ -343,7 +343,7 @@ def test_search_and_learned_get_the_models_flow_shift(tmp_path, monkeypatch):
         (["--keep", "8", "--heal-lr", "1e-3"], "--heal-lr belongs to --heal"),
         (["--indices", "0,1", "--heal", "--heal-batch", "0"], "at least one step of one picture"),
         (["--indices", "0,1", "--heal", "--heal-lr", "nan"], "lr must be above 0 and finite, got nan"),
-        (["--indices", "0,1", "--prompts", "test", "--heal"], "nothing here needs them"),
+        (["--indices", "0,1", "--prompts", "test", "--heal"], "nothing is measured"),
         (["--indices", "0,1", "--by", "indices", "--heal", "0"], "at least one step"),
         (["--indices", "0,1", "--by", "indices", "--heal", "--distill", "-1"], "distill must be at least 0"),
         (["--indices", "0,1", "--heal", "--distill", "inf"], "distill must be at least 0 and finite, got inf"),

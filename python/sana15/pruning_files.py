@@ -85,7 +85,9 @@ def prune_folder(
         heal = heal.of_model(pipe.text)
     sampling = heal is not None and heal.data == "samples"
     if prompts is not None and not measuring and not sampling:
-        raise ValueError("prompts are for measuring or for healing on samples; nothing here needs them")
+        raise ValueError(
+            "prompts are for measuring and healing on samples; with indices or an importance nothing is measured"
+        )
     chosen = calibration_prompts(pipe, prompts, count, seed) if pipe is not None and (measuring or sampling) else []
     samples = Samples()
 
