@@ -11,6 +11,7 @@ JSON file in OUT; what is there is not run again, so cells can be run in pieces 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from sana15.config import SanaConfig
 from sana15.device import DEVICES, resolved
 from sana15.files import replacing
-from sana15.healing import DISTILL, Healing
+from sana15.healing import DISTILL, LR, LR_LIMIT, PLAIN_LR, Healing
 from sana15.importance import Importance, block_importance
 from sana15.pipeline import MINI, Pipeline
 from sana15.pruning import STRATEGIES, choose
@@ -34,7 +35,7 @@ from sana15.scenes.testset import load
 from sana15.trajectory import calibration, calibration_prompts
 
 DRAWS = 2000
-COMMON = ("every", "n", "steps", "count", "heal", "distill")  # options that cells of one report must share
+COMMON = ("every", "n", "steps", "count")  # options that cells of one report must share, beside the healing's
 
 
 def chosen_prompts(every: int) -> list[dict[str, Any]]:
@@ -98,10 +99,14 @@ def cell(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -> 
 def claim(out: Path, args: argparse.Namespace) -> None:
     """Writes down the options of OUT's cells; SystemExit where it holds those of others."""
     path, ours = out / "options.json", {name: getattr(args, name) for name in COMMON}
+    healing = dataclasses.asdict(Healing(args.heal, distill=args.distill)) | {"rates": [LR, LR_LIMIT, PLAIN_LR]}
+    ours |= {f"heal_{name}": value for name, value in healing.items()}
+    if not path.exists() and any(out.iterdir()):
+        raise SystemExit(f"{out} holds something else: there is no {path.name}; another --out")
     theirs = json.loads(path.read_text()) if path.exists() else ours
     if theirs != ours:
-        name = next(name for name in COMMON if theirs.get(name) != ours[name])
-        raise SystemExit(f"{out} holds cells of --{name} {theirs.get(name)}, now it is {ours[name]}; another --out")
+        name = next(name for name in ours if theirs.get(name) != ours[name])
+        raise SystemExit(f"{out} holds cells with {name} {theirs.get(name)}, now it is {ours[name]}; another --out")
     with replacing(path) as partial:
         partial.write_text(json.dumps(ours) + "\n")
 

@@ -60,9 +60,16 @@ def test_cells_of_other_options_are_not_mixed_in(experiment, tmp_path):
     options = {"every": 5, "n": 2, "steps": 20, "count": 100, "heal": 100, "distill": 10.0}
     for _ in range(2):
         experiment.claim(tmp_path, argparse.Namespace(**options, keep=[8]))
-    with pytest.raises(SystemExit, match="holds cells of --heal 100, now it is 50; another --out"):
-        experiment.claim(tmp_path, argparse.Namespace(**options | {"heal": 50}))
-    assert json.loads((tmp_path / "options.json").read_text()) == options
+    for name, value, shown in (
+        ("heal", 50, "heal_steps 100"),
+        ("distill", 1.0, "heal_distill 10.0"),
+        ("every", 1, "every 5"),
+    ):
+        with pytest.raises(SystemExit, match=f"holds cells with {shown}, now it is {value}; another --out"):
+            experiment.claim(tmp_path, argparse.Namespace(**options | {name: value}))
+    (tmp_path / "options.json").rename(tmp_path / "whole.json")
+    with pytest.raises(SystemExit, match="holds something else: there is no options.json"):
+        experiment.claim(tmp_path, argparse.Namespace(**options))
 
 
 def test_a_cell_is_filled_where_it_is_not(experiment, tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def timing_table(pipe: Pipeline, settings: Sampling, lines: list[dict[str, Any]]
     """
     assert pipe.source is not None
     stock = copy.copy(pipe)
-    stock.transformer = Stock(pipe.source / "transformer")  # type: ignore[assignment]
+    stock.transformer = Stock(pipe.source / "transformer").to(pipe.device)  # type: ignore[assignment]
     both = {"stock": stock, "ours": pipe}
     text = [
         f"Time per picture, {settings.steps} steps with guidance, fp32, median of {ROUNDS} interleaved rounds:",
