@@ -25,6 +25,13 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
+def no_gpu_by_default(request, monkeypatch):
+    """Outside tests/gpu `--device auto` is the CPU, whatever the machine has: many of these tests compare bits."""
+    if request.path.parent.name != "gpu":
+        monkeypatch.setattr("sana15.device.gpu_is_there", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .device import DEVICES
+from .device import DEVICES, trouble
 from .files import DTYPES, DataError
 
 
@@ -367,6 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(args.command, error, 2)
     except ModuleNotFoundError as error:
         return _fail(args.command, f"{error}; pip install 'sana-ext[sana15]'", 3)
+    except RuntimeError as error:
+        if (message := trouble(error)) is None:
+            raise
+        return _fail(args.command, message, 3)
     except KeyboardInterrupt:
         return _fail(args.command, "interrupted", 130)
 

@@ -15,14 +15,30 @@ def resolved(device: str) -> str:
     """
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
-    there = torch.cuda.is_available()
+    there = gpu_is_there()
     if device == "cuda" and not there:
         reason = "sees no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
         raise ValueError(f"device is cuda, and this PyTorch {reason}")
     return "cuda" if there and device != "cpu" else "cpu"
 
 
+def gpu_is_there() -> bool:
+    return torch.cuda.is_available()
+
+
+def trouble(error: RuntimeError) -> str | None:
+    """What to tell a user of a GPU that is too small, too old or lost; None for every other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is too small for this; try a smaller --batch-size, or --device cpu"
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):
+        return f"the GPU failed ({str(error).strip().splitlines()[0]}); --device cpu goes without it"
+    return None
+
+
 def of_pipeline(pipe: object) -> str:
-    """Where a pipeline's judges belong: beside it on a GPU, else on the CPU, also for one whose parts are offloaded."""
-    device = getattr(pipe, "device", None)
+    """Where a pipeline's judges belong: beside it on a GPU, else on the CPU, also for one whose parts are offloaded.
+
+    A generator (sana15.generator) is where the pipeline in it is.
+    """
+    device = getattr(getattr(pipe, "pipe", pipe), "device", None)
     return str(device) if isinstance(device, torch.device) and device.type == "cuda" else "cpu"

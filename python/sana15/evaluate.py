@@ -18,6 +18,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
     if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    if args.device != "auto" and not args.detector:
+        raise ValueError("--device belongs to --detector: the checker of the scenes needs none")
     if args.detector:
         args.folder = _detected(args)
     judged, settings = _judged(args.folder, args.rule)

@@ -64,7 +64,7 @@ def prune_folder(
         ValueError: arguments that cannot be. FileNotFoundError, DataError: the source is bad. In every case the source is
         untouched and the target is not there.
     """
-    place, origin, target = resolved(device), ModelFolder(source), Path(target)
+    origin, target = ModelFolder(source), Path(target)
     origin.check_target(target)
     by = strategy(by, indices is not None, importance is not None)
     layers, weights = origin.config.num_layers, origin.weights()
@@ -80,7 +80,7 @@ def prune_folder(
         raise ValueError(
             f"{origin.root} is a transformer alone and cannot be calibrated; pass an importance or indices"
         )
-    pipe = Pipeline.from_pretrained(origin.root, device=place) if measuring or heal is not None else None
+    pipe = Pipeline.from_pretrained(origin.root, device=resolved(device)) if measuring or heal is not None else None
     if heal is not None and pipe is not None:
         heal = heal.of_model(pipe.text)
     sampling = heal is not None and heal.data == "samples"
@@ -119,7 +119,7 @@ def prune_folder(
             if sampling:
                 heal_on_samples(whole, pipe, samples, heal)
             else:
-                heal_on_scenes(whole, origin.root, heal, place)
+                heal_on_scenes(whole, origin.root, heal, resolved(device))
         return whole
 
     if heal is not None:

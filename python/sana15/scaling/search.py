@@ -145,7 +145,7 @@ def search(
         "budget": budget, "seed": seed, "batch_size": batch_size, "stop_at": stop_at, "shards": shard[1],
         "sampling": generator.identity(),
     }  # fmt: skip
-    threads = _claim(root, settings)
+    threads = _claim(root, settings, of_pipeline(pipe).partition(":")[0])
     name = f"{shard[0]:03d}-of-{shard[1]:03d}"
     mine = range(shard[0], len(lines), shard[1])
     ledger = Ledger(root / f"ledger-{name}.jsonl")
@@ -282,8 +282,8 @@ def _check(
         raise ValueError(f"shard must be i/n with 0 <= i < n <= {len(lines)} prompts, got {i}/{of}")
 
 
-def _claim(root: Path, settings: dict[str, Any]) -> int:
-    """Makes the folder, or finds the same run in it; returns the number of threads that the run was begun with."""
+def _claim(root: Path, settings: dict[str, Any], device: str) -> int:
+    """Makes the folder, or finds the same run in it, on this kind of device; returns the threads that it was begun with."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"--out {root} is a file, not a folder")
     root.mkdir(parents=True, exist_ok=True)
@@ -301,10 +301,16 @@ def _claim(root: Path, settings: dict[str, Any]) -> int:
         else:
             if any(not p.name.startswith(".") for p in root.iterdir()):
                 raise ValueError(f"{root} holds something else; choose another --out")
-            recorded = settings | {"made_with": {"threads": torch.get_num_threads(), "torch": torch.__version__}}
+            made_with = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device}
+            recorded = settings | {"made_with": made_with}
             write_durably((json.dumps(recorded, indent=1) + "\n").encode(), path)
         for folder in ("candidates", "picks"):
             write_metadata(root / folder, settings["prompts"])
+    before = recorded.get("made_with", {}).get("device", device)
+    if before != device:
+        raise ValueError(
+            f"{root} was begun on the device {before}, this is {device}: pictures would differ by rounding"
+        )
     threads = recorded.get("made_with", {}).get("threads")
     if not isinstance(threads, int) or threads < 1:
         raise DataError(f"{path} is damaged: made_with.threads")
