@@ -8,7 +8,7 @@ import torch
 from tiny_pipeline import make_published
 
 import sana15
-from sana15 import healing_samples, pruning_files
+from sana15 import healing_samples, pruning_files, train
 from sana15.checkpoint import folder_weights, load_transformer, save_transformer
 from sana15.cli import main
 from sana15.distillation import Distillation
@@ -128,6 +128,30 @@ def test_it_learns(tmp_path, distill):
         assert after[0] < 0.7 * before[0]
     else:
         assert after[1] < before[1]
+
+
+@pytest.mark.parametrize(("distill", "flow"), [(10.0, 0.0), (0.0, 1.0)])
+def test_what_the_loss_is_and_what_is_written(tmp_path, monkeypatch, distill, flow):
+    """The schedule's rates on the loss that scenes get, and of the weights their average is written."""
+    asked, rates, averages = [], [], []
+    loss, rate, swap = healing_samples.training_loss, train.learning_rate, train.Average.swap
+    monkeypatch.setattr(healing_samples, "training_loss", lambda *a, **kw: (asked.append(kw), loss(*a, **kw))[1])
+    monkeypatch.setattr(train, "learning_rate", lambda config, step: (rates.append(rate(config, step)), rates[-1])[1])
+    monkeypatch.setattr(
+        train.Average, "swap", lambda self, module: (averages.append((self.decay, self.values)), swap(self, module))[1]
+    )
+    healing = Healing(steps=10, lr=1e-3, batch_size=1, noises=2, distill=distill, data="samples")
+    prune_folder("mini", tmp_path / "out", indices=KEPT, count=2, sampling_steps=2, heal=healing)
+    shift = Pipeline.from_pretrained("mini").flow_shift
+    for given in asked:
+        assert (given["distillation"] is not None) == (distill > 0)
+        del given["distillation"]
+        assert given == {"flow_shift": shift, "stratified": True, "flow_weight": flow, "distill": distill}
+    assert rates == pytest.approx([1e-3] * 8 + [1e-3 * 2 / 3, 1e-3 / 3])
+    ((decay, values),) = averages
+    assert decay == 0.9
+    written = weights(tmp_path / "out")
+    assert all(torch.equal(written[name], value.half().float()) for name, value in values.items())
 
 
 @pytest.fixture(scope="module")
