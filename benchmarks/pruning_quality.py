@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sana15.config import SanaConfig
 from sana15.device import DEVICES, resolved
 from sana15.files import replacing
-from sana15.healing import DISTILL, LR, LR_LIMIT, PLAIN_LR, Healing
+from sana15.healing import DISTILL, LR, LR_LIMIT, PLAIN_PART, Healing
 from sana15.importance import Importance, block_importance
 from sana15.pipeline import MINI, Pipeline
 from sana15.pruning import STRATEGIES, choose
@@ -99,7 +99,7 @@ def cell(out: Path, by: str, keep: int, seed: int, args: argparse.Namespace) -> 
 def claim(out: Path, args: argparse.Namespace) -> None:
     """Writes down the options of OUT's cells; SystemExit where it holds those of others."""
     path, ours = out / "options.json", {name: getattr(args, name) for name in COMMON}
-    healing = dataclasses.asdict(Healing(args.heal, distill=args.distill)) | {"rates": [LR, LR_LIMIT, PLAIN_LR]}
+    healing = dataclasses.asdict(Healing(args.heal, distill=args.distill)) | {"rates": [LR, LR_LIMIT, PLAIN_PART]}
     ours |= {f"heal_{name}": value for name, value in healing.items()}
     if not path.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} holds something else: there is no {path.name}; another --out")

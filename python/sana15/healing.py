@@ -28,7 +28,7 @@ STEPS = 100  # the paper's
 BATCH = 64  # of the mini model; of others LARGE_BATCH
 NOISES = 4
 DISTILL = 10.0
-LR, LR_LIMIT, PLAIN_LR = 1.6e-3, 2e-2, 5e-3  # with distillation (see Healing.for_kept), and without: docs/pruning.md
+LR, LR_LIMIT, PLAIN_PART = 1.6e-3, 2e-2, 0.5  # see Healing.for_kept, and docs/pruning.md for the trials
 # Of models other than the mini one, not measured: a batch for one GPU, the paper's rate of training, AdamW's 8-bit state.
 LARGE_BATCH, LARGE_LR, LARGE_OPTIMIZER = 4, 1e-4, "adamw8bit"
 DATA = ("scenes", "samples")
@@ -138,7 +138,7 @@ class Healing:
         )  # fmt: skip
 
     def for_kept(self, kept: Sequence[int], layers: int) -> Healing:
-        """With an `lr`: where there is none, PLAIN_LR without distillation, and with it LR times a distance, to LR_LIMIT.
+        """With an `lr`: where there is none, LR times a distance, to LR_LIMIT; PLAIN_PART of that without distillation.
 
         The distance is the mean over kept blocks of a^2 + b^2: a source blocks whose work it learns to do, from an input b
         blocks away from the one it was trained on. The larger it is, the farther the weights have to go in the same steps.
@@ -146,12 +146,11 @@ class Healing:
         """
         if self.lr is not None:
             return self
-        if not self.distill:
-            return replace(self, lr=PLAIN_LR)
         ends = [i + 1 for i in counterparts(kept, layers)]
         starts = [0, *ends[:-1]]
         squares = [(end - start) ** 2 + (start - i) ** 2 for start, end, i in zip(starts, ends, kept)]
-        return replace(self, lr=min(LR_LIMIT, LR * sum(squares) / len(kept)))
+        rate = min(LR_LIMIT, LR * sum(squares) / len(kept))
+        return replace(self, lr=rate if self.distill else PLAIN_PART * rate)
 
 
 def heal_on_scenes(folder: Path, teacher: Path, healing: Healing, device: str = "auto") -> None:
