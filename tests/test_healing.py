@@ -273,7 +273,7 @@ def test_what_the_commands_measure_on(tmp_path, monkeypatch, command):
     original = module.calibration
 
     def watched(pipe, prompts, **options):
-        seen.append((list(prompts), options))
+        seen.append((list(prompts), {name: value for name, value in options.items() if value is not None}))
         return original(pipe, prompts, **options)
 
     monkeypatch.setattr(module, "calibration", watched)
