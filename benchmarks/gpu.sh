@@ -7,7 +7,7 @@
 #   OUT=DIR PYTHON=python3.12 benchmarks/gpu.sh ops
 #
 # Needs torch for CUDA with triton, setuptools, numpy, ninja, pytest, hypothesis and nvcc; sanitize: compute-sanitizer on PATH;
-# model, train, autotune and the tests of CUDA graphs: diffusers. What is missing may lie in a folder of PYTHONPATH, made by
+# model, train, autotune and the tests of CUDA graphs: diffusers; those of sana15: pyyaml, tqdm, pillow and matplotlib too. What is missing may lie in a folder of PYTHONPATH, made by
 # pip install --target.
 #
 # Results are appended to $OUT/<gpu>-<date>.json (default OUT: benchmarks/results) and the logs to $OUT/<stage>.log. A step that

@@ -5,6 +5,8 @@ import pytest
 import torch
 from helpers import needs_gpu
 
+for package in ("sana15", "diffusers", "safetensors", "yaml", "tqdm", "PIL"):
+    pytest.importorskip(package)
 from sana15.cli import main
 from sana15.importance import block_importance
 from sana15.pipeline import Pipeline
