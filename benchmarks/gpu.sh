@@ -7,8 +7,8 @@
 #   OUT=DIR PYTHON=python3.12 benchmarks/gpu.sh ops
 #
 # Needs torch for CUDA with triton, setuptools, numpy, ninja, pytest, hypothesis and nvcc; sanitize: compute-sanitizer on PATH;
-# model, train, autotune and the tests of CUDA graphs: diffusers; those of sana15: pyyaml, tqdm, pillow and matplotlib too. What is missing may lie in a folder of PYTHONPATH, made by
-# pip install --target.
+# model, train, autotune and the tests of CUDA graphs: diffusers; those of sana15: pyyaml, tqdm and pillow, too. What is missing
+# may lie in a folder of PYTHONPATH, made by pip install --target.
 #
 # Results are appended to $OUT/<gpu>-<date>.json (default OUT: benchmarks/results) and the logs to $OUT/<stage>.log. A step that
 # was completed with the same commit is not run again: call the script again after an interruption. SANITIZER="..." gives more
