@@ -205,7 +205,10 @@ def test_a_gpu_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Pipeline, "from_pretrained", full)
     assert main(["sample", "a red circle", "--out", str(tmp_path / "out")]) == 3
-    assert "memory is too small for this; try a smaller --batch-size, or --device cpu" in capsys.readouterr().err
+    assert (
+        "memory is too small for this; try a smaller --batch-size (--heal-batch), or --device cpu"
+        in capsys.readouterr().err
+    )
 
     def broken(*_, **__):
         raise RuntimeError("a bug")

@@ -29,7 +29,7 @@ def gpu_is_there() -> bool:
 def trouble(error: RuntimeError) -> str | None:
     """What to tell a user of a GPU that is too small, too old or lost; None for every other error."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is too small for this; try a smaller --batch-size, or --device cpu"
+        return "the GPU's memory is too small for this; try a smaller --batch-size (--heal-batch), or --device cpu"
     if isinstance(error, getattr(torch, "AcceleratorError", ())):
         return f"the GPU failed ({str(error).strip().splitlines()[0]}); --device cpu goes without it"
     return None

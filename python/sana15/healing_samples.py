@@ -107,10 +107,9 @@ class _Batches:
         self.null = (null[0].to("cpu", samples.text[0].dtype), mask[0].cpu())
 
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        order = torch.cat(
-            [torch.randperm(len(self.samples), generator=generator) for _ in range(-(-self.count // len(self.samples)))]
-        )
-        chosen = order[: self.count].tolist() * self.noises
+        P = len(self.samples)
+        rounds = [torch.randperm(P, generator=generator) for _ in range(-(-self.count // P))]
+        chosen = torch.cat(rounds)[: self.count].tolist() * self.noises
         dropped = (torch.rand(len(chosen), generator=generator) < CAPTION_DROP).tolist()
         rows = [self.null if drop else (self.samples.text[i], self.samples.mask[i]) for i, drop in zip(chosen, dropped)]
         text = nn.utils.rnn.pad_sequence([t for t, _ in rows], batch_first=True)  # padding is masked
