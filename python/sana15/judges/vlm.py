@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from ..files import DataError
+from ..redaction import said
 from .base import Verdict
-from .question import NO, YES, log_probability, question, verdict
+from .question import NO, YES, log_probability, question, verdict, word_of
 
 
 class VisionLanguageJudge:
@@ -22,7 +23,7 @@ class VisionLanguageJudge:
         self.model, self.processor, self.source = model.eval(), processor, source
         if not getattr(processor, "chat_template", None):
             raise DataError(f"{source} has no chat template: how it is asked is not known")
-        self.tokens = {word: _tokens(processor.tokenizer, word) for word in (YES, NO)}
+        self.tokens = _tokens(processor.tokenizer)
         for word, tokens in self.tokens.items():
             if not tokens:
                 raise DataError(f"{source}: {word!r} is not one token for this model")
@@ -36,7 +37,7 @@ class VisionLanguageJudge:
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
             model: Any = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype="auto")
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{source} is no vision-language model of transformers: {_first_line(error)}") from None
+            raise DataError(f"{source} is no vision-language model of transformers: {said(error, 200)}") from None
         return VisionLanguageJudge(model.to(device), processor, source)
 
     def identity(self) -> dict[str, Any]:
@@ -55,16 +56,16 @@ class VisionLanguageJudge:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         logs = self.model(**inputs).logits[0, -1].double().log_softmax(-1)
-        return verdict(*(log_probability(logs[self.tokens[word]].tolist()) for word in (YES, NO)))
+        yes, no = (log_probability(logs[self.tokens[word]].tolist()) for word in (YES, NO))
+        logs[self.tokens[YES] + self.tokens[NO]] = -torch.inf
+        return verdict(yes, no, logs.max().item(), self.processor.tokenizer.decode([int(logs.argmax())]))
 
 
-def _tokens(tokenizer: Any, word: str) -> list[int]:
-    """Every way in which the word is one token: with a capital, in capitals, after a space."""
-    forms = [space + w for w in (word, word.capitalize(), word.upper()) for space in ("", " ")]
-    encoded = [tokenizer.encode(form, add_special_tokens=False) for form in forms]
-    unknown = tokenizer.unk_token_id
-    return sorted({ids[0] for ids in encoded if len(ids) == 1 and ids[0] != unknown})
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _tokens(tokenizer: Any) -> dict[str, list[int]]:
+    """Every way in which yes and no are one token: with a capital, in capitals, after a blank, a quote or Markdown's stars."""
+    special = set(tokenizer.all_special_tokens)
+    found: dict[str, list[int]] = {YES: [], NO: []}
+    for token, index in tokenizer.get_vocab().items():
+        if token not in special and (word := word_of(token)) in found:
+            found[word].append(index)
+    return {word: sorted(indices) for word, indices in found.items()}
