@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .device import DEVICES, trouble
 from .files import DTYPES, DataError
+from .redaction import guard_tracebacks, redacted
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -114,10 +116,13 @@ def _info(args: argparse.Namespace) -> None:
         print("\nleast: with gradient checkpointing, and for an 8-bit optimizer with sana_ext.optim.fuse_backward")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted(message))  # it repeats the argument, such as a judge's URL with a password
+
+
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
-        prog="sana15", description="SANA-1.5: train, grow, make pictures, score them, convert checkpoints."
-    )
+    root = _Parser(prog="sana15", description="SANA-1.5: train, grow, make pictures, score them, convert checkpoints.")
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
 
     train = commands.add_parser("train", help="train from a YAML configuration; the same command resumes")
@@ -358,6 +363,8 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if arguments is None:  # the program, not a caller in Python
+        guard_tracebacks()
     args = parser().parse_args(arguments)
     try:
         return args.run(args) or 0
@@ -376,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(command: str, error: object, code: int) -> int:
-    print(f"sana15 {command}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"sana15 {command}: {' '.join(redacted(error).split())}", file=sys.stderr)
     return code
 
 

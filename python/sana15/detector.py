@@ -20,6 +20,7 @@ from torch import nn
 
 from .export import Shown, result_row
 from .files import DataError, read_json
+from .redaction import said
 from .scenes.checker import relations
 from .scenes.vocabulary import COLOR_NAMES
 
@@ -69,7 +70,7 @@ class Detector:
         try:
             model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(source)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise DataError(f"{source} is no Mask2Former: {' '.join(str(error).split())[:200]}") from None
+            raise DataError(f"{source} is no Mask2Former: {said(error, 200)}") from None
         path = Path(source) / "preprocessor_config.json"
         values = IMAGENET | (read_json(path) if path.exists() else {})
         size = values.get("size") or {}
@@ -178,7 +179,7 @@ def _open_clip(name: str, device: str) -> ClipColors:
         model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=weights or None)
         tokenizer = open_clip.get_tokenizer(architecture)
     except (RuntimeError, OSError, ValueError) as error:
-        raise DataError(f"open_clip has no {name}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"open_clip has no {name}: {said(error, 200)}") from None
     model.eval().to(device)
     return ClipColors(
         lambda crops: model.encode_image(torch.stack([transform(crop) for crop in crops]).to(device)),

@@ -21,6 +21,7 @@ from PIL import Image
 
 import sana_ext
 
+from .redaction import redacted_values
 from .sampling import Item, Seed
 
 OWN = ("prompt", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict", "callback_on_step_end",
@@ -85,7 +86,9 @@ class DiffusersGenerator:
         arguments = {
             k: v if isinstance(v, (str, int, float, type(None))) else repr(v) for k, v in self.arguments.items()
         }
-        return {"model": {"name": str(name), "class": type(self.pipe).__name__, "config": digest}} | arguments
+        return {
+            "model": {"name": redacted_values(str(name)), "class": type(self.pipe).__name__, "config": digest}
+        } | arguments
 
     def describe(self, item: Item) -> dict[str, Any]:
         identity = self.identity()

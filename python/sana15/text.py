@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .files import DataError, read_json, read_tensors, write_tensors
+from .redaction import said
 
 SELECTED_TOKENS = 300  # what the transformer sees: the first token and the last 299
 INSTRUCTION_SHA256 = "48290080bb4fd4a264bdc81d0647ac0221359a36506e2b3e954616d6cb48c3da"
@@ -73,7 +74,7 @@ class GemmaTextEncoder:
             )
             tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise DataError(f"{root}: the text encoder or tokenizer cannot be loaded: {error}") from None
+            raise DataError(f"{root}: the text encoder or tokenizer cannot be loaded: {said(error)}") from None
         if report["missing_keys"]:
             names = sorted(report["missing_keys"])
             raise DataError(f"{root / 'text_encoder'} lacks {len(names)} tensors, among them {names[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..redaction import redacted
 from .base import Judge, JudgeFailed, Patient, Verdict, mean_ranks
 
 __all__ = ["Judge", "JudgeFailed", "Patient", "Verdict", "make", "mean_ranks"]
@@ -12,7 +13,7 @@ def make(name: str, device: str = "cpu") -> Judge:
 
     Args:
         name: "scenes" (the exact checker), "learned" or "learned:DIR", "clip:MODEL", "vlm:MODEL" (a transformers folder or name),
-            or "http://HOST:PORT/v1#MODEL" (an OpenAI-compatible server).
+            or "http://HOST:PORT/v1#MODEL" (an OpenAI-compatible server; user:password@ before HOST where it wants one).
         device: of clip and vlm; the others need none.
 
     Raises:
@@ -22,8 +23,8 @@ def make(name: str, device: str = "cpu") -> Judge:
     if kind in ("http", "https"):
         from .server import ServerJudge
 
-        url, _, model = name.partition("#")
-        return ServerJudge(url, model) if "#" in name else ServerJudge(url)
+        url, mark, model = name.rpartition("#")  # a password may hold the mark, too
+        return ServerJudge(url, model) if mark else ServerJudge(name)
     if name == "scenes":
         from .scene import SceneJudge
 
@@ -40,5 +41,5 @@ def make(name: str, device: str = "cpu") -> Judge:
 
         return ClipJudge.load(rest, device) if kind == "clip" else VisionLanguageJudge.load(rest, device)
     raise ValueError(
-        f"unknown judge {name!r}; one of scenes, learned[:DIR], clip:MODEL, vlm:MODEL, http://HOST/v1#MODEL"
+        f"unknown judge {redacted(name)!r}; one of scenes, learned[:DIR], clip:MODEL, vlm:MODEL, http://HOST/v1#MODEL"
     )

@@ -7,12 +7,14 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from ..redaction import redacted_values, said
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Patient:
         self.name, self.retries = judge.name, 0
 
     def identity(self) -> dict[str, Any]:
-        return self.inner.identity()
+        """The judge's own, without secrets: it is written into the run's folder."""
+        return redacted_values(self.inner.identity())
 
     def judge(self, pictures: Sequence[Image.Image], line: Mapping[str, Any]) -> list[Verdict]:
         """Raises JudgeFailed after the last attempt."""
@@ -90,8 +93,8 @@ class Patient:
                 value, error = None, TimeoutError(f"no answer in {self.timeout:g} s")
             if error is None:
                 return value
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise JudgeFailed(f"judge {self.name} failed {self.attempts} times: {reason}")
+        assert error is not None
+        raise JudgeFailed(f"judge {self.name} failed {self.attempts} times: {said(error)}")
 
 
 def _answer(question: Any, answer: queue.SimpleQueue[tuple[Any, Exception | None]]) -> None:
@@ -107,7 +110,7 @@ def _sensible(verdicts: Any, count: int) -> list[Verdict]:
     for v in verdicts:
         if not isinstance(v, Verdict) or isinstance(v.score, bool) or not math.isfinite(v.score):
             raise ValueError(f"no verdict with a finite score: {v!r}")
-    return verdicts
+    return [replace(v, reason=redacted_values(v.reason)) if v.reason else v for v in verdicts]
 
 
 def _boolean(value: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ..files import DataError
+from ..redaction import said
 from .base import Verdict
 
 
@@ -29,7 +30,7 @@ class ClipJudge:
             model: Any = CLIPModel.from_pretrained(source)
             processor = CLIPProcessor.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{source} is no CLIP model: {' '.join(str(error).split())[:200]}") from None
+            raise DataError(f"{source} is no CLIP model: {said(error, 200)}") from None
         return ClipJudge(model.to(device), processor, source)
 
     def identity(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..generator import Generator, PipelineGenerator
 from ..geneval import picture_path, write_metadata
 from ..judges import Judge, JudgeFailed, Patient, Verdict, make
 from ..pipeline import Pipeline
+from ..redaction import redacted_values
 from ..sampling import Sampling
 from ..text import MiniTextEncoder
 from .ledger import Ledger
@@ -143,7 +144,7 @@ def search(
     settings = {
         "prompts": lines, "n": n, "pick": pick, "judges": [j.identity() for j in judges], "policy": policy,
         "budget": budget, "seed": seed, "batch_size": batch_size, "stop_at": stop_at, "shards": shard[1],
-        "sampling": generator.identity(),
+        "sampling": redacted_values(generator.identity()),
     }  # fmt: skip
     threads = _claim(root, settings, of_pipeline(pipe).partition(":")[0])
     name = f"{shard[0]:03d}-of-{shard[1]:03d}"
@@ -295,6 +296,10 @@ def _claim(root: Path, settings: dict[str, Any], device: str) -> int:
         _remove(root.glob("*/*/.metadata.jsonl.*.partial"))
         if path.exists():
             recorded = read_json(path)
+            shown = recorded | {name: redacted_values(recorded.get(name)) for name in ("judges", "sampling")}
+            if shown != recorded:  # an earlier version wrote a judge's password
+                write_durably((json.dumps(shown, indent=1) + "\n").encode(), path)
+            recorded = shown
             for name, value in settings.items():
                 if recorded.get(name) != value:
                     raise ValueError(f"{root} is another run: its {name} differs; choose another --out")
