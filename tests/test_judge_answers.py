@@ -110,6 +110,7 @@ OPEN = {
     "probabilities for logarithms": (chat(item("Yes", 0.97, [("Yes", 0.97), ("No", 0.03)])), NO_LOGS),
     "a thought begins": (chat(item("<think>", -1e-6, [("Yes", -17), ("No", -18)]), content="<think>"), THINKS),
     "a thought begins, by another mark": (chat(item("◁think▷", -0.9, [("Yes", -1.0), ("No", -3)])), THINKS),
+    "a thought, over, and nothing after it": (chat(item("<think>", 0), item("No", 0), item("</think>", 0)), THINKS),
     "a thought that takes the token": (chat(item("No", -0.1, [("Yes", -3)]), **THOUGHT), THINKS),
     "the same, content null": (chat(item("No", -0.1, [("Yes", -3)]), content=None, reasoning="No"), THINKS),
     "a thought in parts": (chat(item("No", -0.1), content=[{"type": "thinking", "thinking": [{"text": "No"}]}]), THINKS),
