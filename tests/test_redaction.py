@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from urllib.parse import quote
 
 import pytest
@@ -250,6 +251,15 @@ def test_a_run_goes_on_with_another_password(server, tmp_path):
     with pytest.raises(ValueError, match="its judges differs"):
         sana15.search(Grey(), ["one"], out=tmp_path / "run", n=2, pick=1, judge=f"http://me:x@{url}#other")
     assert not [p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"sesame" in p.read_bytes()]
+
+
+def test_nothing_that_is_redacted_takes_long(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "caf\udce9-sesame")
+    begin = time.monotonic()
+    for pattern in ("a.", "!", "eyJaaaaaaaa-", "?;", "api-key", "http://a@", ":", "Bearer ", "'\"", "?a=", "sk-"):
+        redacted(pattern * (20_000 // len(pattern)))
+    assert time.monotonic() - begin < 10
+    assert "sesame" not in redacted("caf\udce9-sesame caf%E9-sesame")
 
 
 def test_a_proxys_password(monkeypatch):

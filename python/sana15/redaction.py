@@ -37,18 +37,18 @@ _SECRET_VARIABLE = re.compile(
 #: What such a variable says when it holds no secret.
 _NO_SECRET = re.compile(r"\s*(?:true|false|none|null|yes|no|on|off|\d{0,2}|[/~.].*)\s*$", re.IGNORECASE)
 
-_URL = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*:/{2})(?P<rest>[^\s\"'<>]+)", re.IGNORECASE)
+_URL = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,20}:/{2})(?P<rest>[^\s\"'<>]+)", re.IGNORECASE)
 #: user:password@ before the host; what follows a port that is no number, up to the last @, is a password with a / # or ? in it.
 _USERINFO = re.compile(r"^(?:[^/?#]*@|[^/?#@:\[\]]*:(?!\d{0,5}(?:[/?#]|$))\S*@)")
-_PARAMETER = re.compile(r"(?P<name>[?&;#][^=&#?\s]+=)(?P<value>[^&#\s\"'<>]*)")
+_PARAMETER = re.compile(r"(?P<name>[?&;#][^=&#?\s]{1,100}=)(?P<value>[^&#\s\"'<>]*)")
 _OPAQUE = re.compile(r"(?=[^&]*\d)(?=[^&]*[A-Za-z])[\w.~%+/=-]{20,}$")
-_BARE_USERINFO = re.compile(r"(?<![\w/@:.-])[^\s:/@\"'=]+:[^\s/@\"']+@(?=[\w\[])")
+_BARE_USERINFO = re.compile(r"(?<![\w/@:.-])[^\s:/@\"'=]{1,100}:[^\s/@\"']{1,200}@(?=[\w\[])")
 _SCHEMES = re.compile(
     r"\b(?P<scheme>Bearer|Basic|Token|ApiKey)(?P<gap>\s+|%20|\+)(?P<value>[^\s\"',;&<>]{3,})", re.IGNORECASE
 )
 _FIELD = re.compile(
-    r"(?P<name>(?<![\w-])[\"']?[\w-]*(?:api[-_ ]?key|access[-_]?key|secret|password|passwd|pwd|authorization|access[-_]?token|"
-    r"auth[-_]?token|hf[-_]token)[\w-]*[\"']?(?:\s+(?:provided|given|sent|used))?\s*[:=]\s*(?:b(?=[\"']))?)(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&}<>]+)",
+    r"(?P<name>(?<![\w-])[\"']?[\w-]{0,40}(?:api[-_ ]?key|access[-_]?key|secret|password|passwd|pwd|authorization|access[-_]?token|"
+    r"auth[-_]?token|hf[-_]token)[\w-]{0,40}[\"']?(?:\s+(?:provided|given|sent|used))?\s*[:=]\s*(?:b(?=[\"']))?)(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&}<>]+)",
     re.IGNORECASE,
 )  # fmt: skip
 #: Forms that issuers gave their keys: OpenAI, Hugging Face, GitHub, Groq, xAI, Replicate, NVIDIA, GitLab, Google, AWS, Slack; JWT.
@@ -168,14 +168,15 @@ def _secrets() -> Iterator[str]:
 
 def _encoded(secret: str) -> Iterator[str]:
     """How libraries and servers write it in messages."""
-    yield urllib.parse.quote(secret, safe="")
-    yield urllib.parse.quote(secret)
-    yield urllib.parse.quote_plus(secret)
+    raw = os.fsencode(secret)  # a value that is no UTF-8 has surrogates
+    yield urllib.parse.quote(raw, safe="")
+    yield urllib.parse.quote(raw)
+    yield urllib.parse.quote_plus(raw)
     yield html.escape(secret)
     yield repr(secret)[1:-1]
-    yield repr(secret.encode())[2:-1]
+    yield repr(raw)[2:-1]
     yield json.dumps(secret)[1:-1]
-    yield base64.b64encode(secret.encode()).decode().rstrip("=")
+    yield base64.b64encode(raw).decode().rstrip("=")
 
 
 def _of_environment() -> Iterator[str]:

@@ -96,7 +96,7 @@ class ServerJudge:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             # All of the body is read before it is cut: half a key would not be known as one.
-            told = redacted(error.read(100_000).decode(errors="replace"))[:LONGEST]
+            told = redacted(error.read(20_000).decode(errors="replace"))[:LONGEST]
             raise ValueError(f"{self.url} answered {error.code}: {told}") from None
         except (http.client.HTTPException, ValueError) as error:
             raise ValueError(f"{self.url} cannot be asked: {said(error, LONGEST)}") from None
@@ -118,6 +118,6 @@ def _has_host(url: str) -> bool:
 
 
 def _basic(user: str, password: str) -> str:
-    token = base64.b64encode(f"{user}:{password}".encode()).decode()
+    token = base64.b64encode(os.fsencode(f"{user}:{password}")).decode()
     hide(token)
     return f"Basic {token}"
