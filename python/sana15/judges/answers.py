@@ -102,6 +102,8 @@ def _judged(place: Place) -> Verdict:
         found = verdict(yes.log, no.log, max(others + unknown, default=-math.inf))
     except ValueError:
         raise ValueError(_neither(tokens, head, left)) from None
+    if np.logaddexp(yes.log, no.log) < max(unknown, default=-math.inf):
+        raise ValueError(_neither(tokens, head, left))
     inexact = yes.low < yes.high or no.low < no.high
     if inexact and not (yes.low > no.high or no.low > yes.high):
         raise ValueError("the server's log-probabilities leave open whether yes or no is likelier")

@@ -17,6 +17,7 @@ from .base import Verdict
 
 ROLE = "You judge how well pictures match a text, so that the best of several can be chosen."
 YES, NO = "yes", "no"
+LEAST_MASS = 0.05  # of yes and no together, where another token is likelier than both
 LEAST = -100.0  # log-probability of what cannot come: servers say -inf, null, -9999 or the smallest float
 
 #: Blanks and line ends as byte-level BPE, SentencePiece and their byte tokens write them.
@@ -46,14 +47,15 @@ def word_of(token: str) -> str:
 def verdict(log_yes: float, log_no: float, log_other: float = -math.inf, other: str = "") -> Verdict:
     """From the log-probabilities of yes and of no, each over all its spellings, and of the likeliest other token, `other`.
 
-    -inf, what cannot come, counts as LEAST: scores are finite.
+    -inf, what cannot come, counts as LEAST: scores are finite. A model that would rather begin with "The" still weighs yes
+    against no behind it; one that gives them next to nothing was about to say something else, such as a thought.
 
     Raises:
-        ValueError: one is NaN, or another token is likelier than yes and no together: this was no answer.
+        ValueError: one is NaN, or yes and no together are less than LEAST_MASS and than another token: this was no answer.
     """
     if any(math.isnan(log) for log in (log_yes, log_no, log_other)):
         raise ValueError("the log-probabilities of the first token are not numbers")
-    if np.logaddexp(log_yes, log_no) < log_other:
+    if np.logaddexp(log_yes, log_no) < min(log_other, math.log(LEAST_MASS)):
         raise ValueError(f"the model answered neither yes nor no but {other!r}")
     score = max(log_yes, LEAST) - max(log_no, LEAST)
     return Verdict(score, score > 0)
