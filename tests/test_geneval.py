@@ -135,6 +135,10 @@ def test_coverage_of_the_interval():
         ),
         (lambda f: _cut(picture_path(f, 2, 1)), "00002/samples/0001.png is damaged"),
         (lambda f: Image.new("RGB", (32, 64)).save(picture_path(f, 0, 0)), "is 32x64 pixels; the checker judges 64x64"),
+        (  # which of the two was judged used to be up to the file system
+            lambda f: picture_path(f, 2, 1).rename(f / "00002/samples/0.png"),
+            "00002/samples/0.png and 0000.png are the same candidate",
+        ),
         (lambda f: (f / "00001" / "metadata.jsonl").unlink(), "00001/metadata.jsonl is missing"),
         (lambda f: (f / "00001" / "metadata.jsonl").write_text("{"), "00001/metadata.jsonl: "),
         (lambda f: (f / "00001").rename(f / "x"), "1 prompts are missing, the first is {f}/00001"),

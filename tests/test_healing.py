@@ -7,17 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sana15
 from sana15 import flow as flow_of
 from sana15 import importance_report, pruning_files, pruning_search
 from sana15 import train as training
-from sana15.checkpoint import folder_weights, load_transformer, save_transformer
+from sana15.checkpoint import WEIGHTS, folder_weights, load_transformer, save_transformer
 from sana15.cli import main, parser
 from sana15.data import SceneBatches
 from sana15.distillation import Distillation, counterparts
 from sana15.files import DataError
-from sana15.healing import Healing
+from sana15.healing import Healing, dtype_name
 from sana15.importance import batch_loss
 from sana15.pipeline import MINI, Pipeline
 from sana15.pruning import Choice
@@ -70,6 +71,14 @@ def test_the_dtype_of_the_weights_stays(tmp_path, dtype):
     save_transformer(load_transformer(MINI / "transformer"), tmp_path / "src" / "transformer", dtype=dtype)
     prune_folder(tmp_path / "src", tmp_path / "out", indices=KEPT, heal=QUICK)
     assert {w.dtype for w in folder_weights(tmp_path / "out" / "transformer").values()} == {dtype}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_sixteen_bit_dtypes_need_fp32_whichever_comes_first(tmp_path, order):
+    pair = [torch.bfloat16, torch.float16][::order]
+    tensors = {name: torch.zeros(2, dtype=dtype) for name, dtype in zip("ab", pair)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    assert dtype_name(tmp_path) == "fp32"
 
 
 def test_a_model_that_is_not_finite_is_one_line(tmp_path, capsys):

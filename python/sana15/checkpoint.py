@@ -171,6 +171,8 @@ def write_folder(
 
 
 def _write_shards(weights: Weights, folder: Path, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
+    # Blocks in the order of their numbers: which file a tensor is in does not depend on the order of `weights`.
+    weights = {name: weights[name] for name in sorted(weights, key=_in_words_and_numbers)}
     sizes = {name: torch.Size(w.shape).numel() * (dtype or w.dtype).itemsize for name, w in weights.items()}
     shards: list[list[str]] = [[]]
     filled = 0
@@ -189,6 +191,10 @@ def _write_shards(weights: Weights, folder: Path, dtype: torch.dtype | None, sha
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _in_words_and_numbers(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def write_weights(weights: Weights, path: Path, dtype: torch.dtype | None = None) -> None:

@@ -76,9 +76,10 @@ def _prune(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     import torch
+    import yaml
 
     from .checkpoint import parse_bytes
-    from .release import convert, parameter_shapes
+    from .release import convert, needed_changes, parameter_shapes, read_release
     from .train_config import parse_overrides
 
     dtype = DTYPES[args.dtype] if args.dtype else None
@@ -91,6 +92,9 @@ def _convert(args: argparse.Namespace) -> None:
         f"{config.num_cross_attention_heads} cross-attention heads, qk-norm {config.qk_norm or 'none'}, made for "
         f"{config.sample_size}x{config.sample_size} latents, position embedding {config.interpolation_scale or 'none'}"
     )
+    if Path(args.target).is_file() and (needed := needed_changes(read_release(Path(args.target)), config)):
+        words = (f"{name}={yaml.safe_dump(value).splitlines()[0]}" for name, value in needed.items())
+        print(f"to read it back: sana15 convert {args.target} FOLDER {' '.join(words)}")
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -298,12 +302,12 @@ def parser() -> argparse.ArgumentParser:
     _calibration_options(prune)
     prune.set_defaults(run=_prune)
 
-    convert = commands.add_parser("convert", help="the authors' .pth or a diffusers folder to a diffusers folder")
+    convert = commands.add_parser("convert", help="the authors' .pth to a diffusers folder, and back")
     convert.add_argument(
         "source", metavar="IN", help=".pth or .safetensors in the release's layout, or a transformer folder"
     )
     convert.add_argument(
-        "target", metavar="OUT", help="folder, or FILE.safetensors for the release's layout; must not exist"
+        "target", metavar="OUT", help="folder, or FILE.safetensors or FILE.pth for the release's layout; must not exist"
     )
     convert.add_argument(
         "changes", nargs="*", metavar="key=value", help="what a release file does not tell, such as sample_size=16"

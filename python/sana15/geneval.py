@@ -150,7 +150,11 @@ def prompt_folders(root: Path) -> int:
 def candidates(root: Path, index: int) -> list[Path]:
     """The pictures of a prompt: every numbered PNG in samples/, whatever its number of digits, up to the first gap."""
     folder = root / f"{index:05d}" / "samples"
-    found = {int(p.stem): p for p in folder.glob("*.png") if re.fullmatch(r"\d+", p.stem)} if folder.is_dir() else {}
+    numbered = sorted(p for p in folder.glob("*.png") if re.fullmatch(r"\d+", p.stem)) if folder.is_dir() else []
+    found: dict[int, Path] = {}
+    for path in numbered:
+        if (other := found.setdefault(int(path.stem), path)) != path:
+            raise DataError(f"{other} and {path.name} are the same candidate; remove one of them")
     paths: list[Path] = []
     while len(paths) in found:
         paths.append(found[len(paths)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import shutil
 import tempfile
@@ -195,8 +196,8 @@ def training_of(healing: Healing, optimizer: str, **others: Any) -> TrainConfig:
 
 
 def dtype_name(folder: Path) -> str:
-    """Of the folder's widest weights, in which the healed ones are written; fp32 for fp64."""
-    widest = max((w.dtype for w in folder_weights(folder).values()), key=lambda dtype: dtype.itemsize)
+    """That holds all the folder's weights, in which the healed ones are written; fp32 for fp64."""
+    widest = functools.reduce(torch.promote_types, (w.dtype for w in folder_weights(folder).values()))
     return {v: k for k, v in DTYPES.items()}.get(widest, "fp32")
 
 

@@ -1,12 +1,14 @@
 """The layout of the authors' released weights (NVlabs/Sana .pth), and conversion from and to it.
 
 Every tensor of our model has one source there: a tensor of its own, or one of the equal parts of a stacked one (q, k, v
-of the self-attention; k, v of the cross-attention). Buffers that inference does not need are left out.
+of the self-attention; k, v of the cross-attention). Buffers that inference does not need are left out on the way here, and
+made on the way back, since readers of the release's layout ask for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pickle
 import warnings
@@ -30,6 +32,7 @@ from .checkpoint import (
 from .config import SIZES, SanaConfig
 from .files import DataError, replacing
 from .model import SanaTransformer
+from .position_table import interpolation_of, position_table
 
 #: Our module -> the release's, outside the blocks. A Sprint model's timestep embedder stands without `emb`.
 OUTSIDE = {
@@ -65,7 +68,10 @@ BLOCK = {
     "ff.conv_point": ("mlp.point_conv.conv", 0, 1),
 }
 #: In the files, but no part of the model: features of the empty prompt, the position table, a head for the loss.
-LEFT_OUT = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.weight", "logvar_linear.bias")
+NULL_TEXT, POSITIONS = "y_embedder.y_embedding", "pos_embed"
+LEFT_OUT = (NULL_TEXT, POSITIONS, "logvar_linear.weight", "logvar_linear.bias")
+#: Tokens of a text in the release; the empty prompt's features have as many.
+TEXT_TOKENS = 300
 
 
 def source_of(name: str) -> tuple[str, int, int]:
@@ -133,11 +139,11 @@ def _nested(stored: Any, ema: bool, path: Path) -> Mapping[str, Any]:
 
 
 def infer_config(weights: Weights, where: str, changes: Mapping[str, Any] | None = None) -> SanaConfig:
-    """The configuration that the shapes say; `changes` has the last word.
+    """The configuration that the shapes and the position table say; `changes` has the last word.
 
-    The cross-attention's heads and, without a position table, the side the model was made for leave no trace in the
-    shapes: the heads are those of the published widths, the side is 1024 pixels'. A table of 64 x 64 latents and more
-    means 2-D sin-cos positions, as in the 2K and 4K models.
+    The cross-attention's heads leave no trace: they are those of the published widths. The table's size is the side that the
+    model was made for, its content whether the model adds positions, and at which scale. Without a table, which the
+    authors' files always have, the model is taken for one of 1024 pixels that adds none.
 
     Raises:
         DataError: this is no SANA checkpoint. ValueError: unknown names in `changes`, or a width that was never published.
@@ -164,8 +170,11 @@ def infer_config(weights: Weights, where: str, changes: Mapping[str, Any] | None
         raise ValueError(f"{where} has width {C}, which was never published: add num_cross_attention_heads=N")
     if not isinstance(heads, int) or heads < 1 or C % heads:
         raise ValueError(f"num_cross_attention_heads must divide the width {C}, got {heads!r}")
-    side = math.isqrt(shape("pos_embed", 3)[1]) * patch if "pos_embed" in weights else 32
+    side = None if POSITIONS not in weights else _table_side(shape(POSITIONS, 3), C, where)
     numbers = [n.split(".")[1] for n in weights if n.startswith("blocks.")]
+    ratio = hidden / C
+    if int(ratio * C) < hidden:  # by rounding
+        ratio = math.nextafter(ratio, math.inf)
     values = {
         "num_layers": 1 + max(int(n) for n in numbers if n.isdecimal()),
         "num_attention_heads": C // SanaConfig.attention_head_dim,
@@ -174,14 +183,29 @@ def infer_config(weights: Weights, where: str, changes: Mapping[str, Any] | None
         "in_channels": channels,
         "out_channels": out,
         "caption_channels": caption,
-        "mlp_ratio": hidden / C,
+        "mlp_ratio": ratio,
         "patch_size": patch,
-        "sample_size": side,
+        "sample_size": 32 if side is None else side * patch,
         "qk_norm": "rms_norm_across_heads" if any(".q_norm." in n for n in weights) else None,
-        "interpolation_scale": side / 64 if side >= 64 else None,
         "guidance_embeds": any(n.startswith("cfg_embedder.") for n in weights),
+        "attention_bias": "blocks.0.attn.qkv.bias" in weights,
     }
-    return SanaConfig(**values | changes)
+    config = SanaConfig(**values | changes)
+    if side is None or "interpolation_scale" in changes:
+        return config
+    try:
+        scale = interpolation_of(weights[POSITIONS].load(), side, config.sample_size // patch)
+    except ValueError as error:
+        raise DataError(f"{where}: {POSITIONS}: {error}; say interpolation_scale=NUMBER, or =null for none") from None
+    return dataclasses.replace(config, interpolation_scale=scale)
+
+
+def _table_side(shape: tuple[int, ...], C: int, where: str) -> int:
+    """Tokens along a side of the position table."""
+    side = math.isqrt(shape[1])
+    if shape != (1, side * side, C) or side == 0:
+        raise DataError(f"{where}: {POSITIONS} is {list(shape)}, expected [1, side * side, {C}]")
+    return side
 
 
 def from_release(weights: Weights, config: SanaConfig, where: str) -> dict[str, Weight]:
@@ -201,16 +225,56 @@ def from_release(weights: Weights, config: SanaConfig, where: str) -> dict[str, 
     return ours
 
 
-def to_release(weights: Weights) -> dict[str, Weight]:
-    """The release's names for our tensors; the inverse of from_release."""
-    groups: dict[str, list[Weight]] = {}
-    for name, weight in weights.items():  # parts come in order: to_q, to_k, to_v
-        groups.setdefault(source_of(name)[0], []).append(weight)
-    theirs = {}
-    for name, parts in groups.items():
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        theirs[name] = Weight(shape, parts[0].dtype, lambda ps=parts: torch.cat([p.load() for p in ps]))  # type: ignore[misc]
-    return theirs
+def to_release(weights: Weights, config: SanaConfig, dtype: torch.dtype | None = None) -> dict[str, Weight]:
+    """The release's names for our tensors, in the model's order whatever the order of `weights`; from_release's inverse.
+
+    Besides the model's tensors there are the two that readers ask for: the position table of `config`, and zeros for the
+    features of the empty prompt, which no folder keeps and the authors' loader fills in from a file of its own.
+
+    Args:
+        dtype: of all tensors; None: as they are, that of stacked ones being wide enough for each part.
+    """
+    groups: dict[str, dict[int, Weight]] = {}
+    for name in parameter_shapes(config):
+        theirs, part, _ = source_of(name)
+        groups.setdefault(theirs, {})[part] = weights[name]
+    made = {name: _stacked([parts[i] for i in sorted(parts)], dtype) for name, parts in groups.items()}
+    common = made["x_embedder.proj.weight"].dtype
+    side = config.sample_size // config.patch_size
+    made[POSITIONS] = Weight((1, side * side, config.width), common, lambda: position_table(config, common))
+    null_text = (TEXT_TOKENS, config.caption_channels)
+    made[NULL_TEXT] = Weight(null_text, common, lambda: torch.zeros(null_text, dtype=common))
+    return made
+
+
+def _stacked(parts: list[Weight], dtype: torch.dtype | None) -> Weight:
+    """The parts one below the other."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    widest = dtype or functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return Weight(shape, widest, lambda: torch.cat([part.load().to(widest) for part in parts]))
+
+
+def needed_changes(weights: Weights, config: SanaConfig) -> dict[str, Any]:
+    """What `convert` must be told to read `config` back from these tensors in the release's layout."""
+    heads = config.num_cross_attention_heads
+    published = {size.width: size.num_cross_attention_heads for size in SIZES.values()}
+    changes = {} if published.get(config.width) == heads else {"num_cross_attention_heads": heads}
+    found = dataclasses.asdict(infer_config(weights, "the file", changes))
+    wanted = dataclasses.asdict(config) | {"cross_attention_dim": None}
+    return changes | {name: value for name, value in wanted.items() if found[name] != value}
+
+
+def _write_release(weights: Weights, target: Path) -> None:
+    """One file: .safetensors, tensor by tensor; .pth, as the authors' torch.load takes it, in one piece."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as partial:
+        if target.suffix.lower() == ".safetensors":
+            write_weights(weights, partial)
+            return
+        # clone: a view would bring the whole of what it was cut from into the file
+        state = {name: weight.load().to(weight.dtype).clone() for name, weight in weights.items()}
+        with partial.open("wb") as file:  # a path's name would become part of the file
+            torch.save({"state_dict": state}, file)
 
 
 def convert(
@@ -222,11 +286,12 @@ def convert(
     ema: bool = False,
     changes: Mapping[str, Any] | None = None,
 ) -> SanaConfig:
-    """A transformer from the release's layout or diffusers' into diffusers' folder, or into the release's as .safetensors.
+    """A transformer from the release's layout or diffusers' into diffusers' folder, or into a file in the release's.
 
     Args:
         source: a .pth or .safetensors file in the release's layout, or a diffusers `transformer/` folder.
-        target: a folder, or a file that ends in .safetensors (the release's layout). It must not exist.
+        target: a folder, or a file in the release's layout that ends in .safetensors, or in .pth for readers that know
+            torch.load only: {"state_dict": tensors}, nothing else, the whole model in memory. It must not exist.
         dtype, shard_bytes: as in write_folder.
         ema: the averaged weights of a .pth.
         changes: configuration values that a release file does not tell (num_cross_attention_heads, sample_size, ...).
@@ -237,6 +302,8 @@ def convert(
     source, target = Path(source), Path(target)
     if target.exists():
         raise ValueError(f"{target} exists; remove it or choose another place")
+    if target.suffix.lower() in (".pt", ".ckpt", ".bin"):
+        raise ValueError(f"{target} is no name for a folder, and files are written as .pth or .safetensors")
     if source.is_dir():
         if changes or ema:
             raise ValueError(f"{source} is a folder with its own config.json: no changes, no averaged weights")
@@ -246,10 +313,8 @@ def convert(
         stored = read_release(source, ema=ema)
         config = infer_config(stored, str(source), changes)
         weights = from_release(stored, config, str(source))
-    if target.suffix == ".safetensors":
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as partial:
-            write_weights(to_release(weights), partial, dtype)
+    if target.suffix.lower() in (".safetensors", ".pth"):
+        _write_release(to_release(weights, config, dtype), target)
     else:
         write_folder(config, weights, target, dtype=dtype, shard_bytes=shard_bytes)
     return config
