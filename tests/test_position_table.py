@@ -7,7 +7,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers_models import inputs
-from test_release import C, CHANNELS, HEADS, TEXT, release
+from test_release import CHANNELS, HEADS, TEXT, C, release
 
 from sana15.checkpoint import load_transformer
 from sana15.cli import main

@@ -353,7 +353,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     _device_option(command)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
-    command.add_argument("--sampler", default="flow_dpm", help="flow_dpm (default) or flow_euler")
+    command.add_argument("--sampler", help="flow_dpm or flow_euler (default: the model's own)")
     command.add_argument(
         "--guidance", type=float, help="classifier-free guidance scale (default: the model's own; published sizes 4.5)"
     )

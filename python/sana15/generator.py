@@ -93,7 +93,7 @@ class PipelineGenerator:
             raise ValueError("this is a Sprint model; its few-step sampler is not part of sana15")
         self.pipe, self.settings = pipe, settings
         self.shape = pipe.latent_shape(settings.height, settings.width)
-        self.plan = flow.schedule(settings.steps, sampler=settings.sampler, flow_shift=pipe.flow_shift)
+        self.plan = flow.schedule(settings.steps, sampler=pipe.sampler_of(settings), flow_shift=pipe.flow_shift)
         self.steps = self.plan.steps
         guidance, interval = pipe.guidance_of(settings)
         self.guides = [flow.guidance_is_on(s, guidance, interval) for s in self.plan.sigmas[:-1]]
@@ -109,7 +109,9 @@ class PipelineGenerator:
 
     def identity(self) -> dict[str, Any]:
         guidance, interval = self.pipe.guidance_of(self.settings)
-        settings = vars(self.settings) | {"guidance": guidance, "guidance_interval": list(interval)}
+        settings = vars(self.settings) | {
+            "guidance": guidance, "guidance_interval": list(interval), "sampler": self.plan.sampler,
+        }  # fmt: skip
         return {"model": self._model, "flow_shift": self.pipe.flow_shift} | settings
 
     def describe(self, item: Item) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, st
         "prompt_index": item.index,
         "candidate": item.candidate,
         "steps": settings.steps,
-        "sampler": settings.sampler,
+        "sampler": pipe.sampler_of(settings),
         "guidance": guidance,
         "guidance_interval": list(interval),
         "flow_shift": pipe.flow_shift,

@@ -16,6 +16,7 @@ from .guidance import GuidedVelocity, stack
 from .model import SanaTransformer
 from .sampling import Item, Sampling, Seed, is_finite, is_interval
 from .sampling import noise as noise  # of the public names here
+from .schedulers import SAMPLER, folder_sampler
 from .text import GemmaTextEncoder, MiniTextEncoder, TextEncoder
 
 MINI = Path(__file__).parent / "assets" / "mini"
@@ -24,7 +25,7 @@ GUIDANCE = 4.5  # of the published sizes
 
 
 class Pipeline:
-    """Text encoder + transformer + autoencoder, the flow shift they were trained with and the guidance that suits them.
+    """Text encoder + transformer + autoencoder, the flow shift they were trained with, the guidance and sampler that suit them.
 
     Build one with `Pipeline.from_pretrained("mini")` or from a folder in diffusers' layout.
     """
@@ -37,8 +38,10 @@ class Pipeline:
         flow_shift: float = 3.0,
         guidance: float = GUIDANCE,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        sampler: str = SAMPLER,
     ) -> None:
         self.text, self.transformer, self.autoencoder = text, transformer, autoencoder
+        self.sampler = sampler
         self.flow_shift, self.guidance, self.guidance_interval = flow_shift, guidance, guidance_interval
         self.source: Path | None = None  # the folder it was loaded from
 
@@ -67,7 +70,10 @@ class Pipeline:
         text: TextEncoder
         text = MiniTextEncoder.load(root / "text_encoder") if mini else GemmaTextEncoder.load(root)
         transformer = load_transformer(root / "transformer", dtype=dtype)
-        pipe = Pipeline(text, transformer, Autoencoder.load(root / "vae"), _flow_shift(root), *_guidance(root))
+        own = folder_sampler(root)
+        pipe = Pipeline(
+            text, transformer, Autoencoder.load(root / "vae"), own.flow_shift, *_guidance(root), sampler=own.sampler
+        )
         config = transformer.config
         for what, given, needed in (
             ("text encoder gives features", text.width, config.caption_channels),
@@ -122,6 +128,10 @@ class Pipeline:
         scale, interval = settings.guidance, settings.guidance_interval
         return self.guidance if scale is None else scale, self.guidance_interval if interval is None else interval
 
+    def sampler_of(self, settings: Sampling) -> str:
+        """The settings' sampler, or else the model's own."""
+        return self.sampler if settings.sampler is None else settings.sampler
+
     def __call__(
         self,
         prompts: str | Sequence[str],
@@ -134,7 +144,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
-        sampler: str = "flow_dpm",
+        sampler: str | None = None,
         batch_size: int | None = None,
         callback: Callable[[int, int], None] | None = None,
     ) -> list[list[Image.Image]]:
@@ -143,7 +153,9 @@ class Pipeline:
         Args:
             prompts: one prompt or several; the empty prompt is allowed and means "anything".
             n: pictures per prompt; the candidates 0..n-1, whose noise depends on (seed, prompt index, candidate) only.
-            steps, sampler: "flow_dpm" (Flow-DPM-Solver++, SANA's default of 20 steps) or "flow_euler" (28).
+            steps: of the sampler; SANA's defaults are 20 for "flow_dpm" and 28 for "flow_euler".
+            sampler: "flow_dpm" (Flow-DPM-Solver++) or "flow_euler". Default: the one that the folder's scheduler is,
+                "flow_dpm" where it has none. Either takes the folder's shift.
             guidance: classifier-free guidance scale; 1 switches the unconditional branch off. Default: the model's own
                 (`guidance` in its sana15.json), 4.5 for the published sizes.
             guidance_interval: (low, high); guidance only at noise levels sigma with low <= sigma <= high. Outside, the
@@ -232,9 +244,3 @@ def _guidance(root: Path) -> tuple[float, tuple[float, float]]:
     if not is_interval(interval):
         raise DataError(f"{path}: guidance_interval must be two numbers 0 <= low <= high <= 1, got {interval!r}")
     return float(scale), (float(interval[0]), float(interval[1]))
-
-
-def _flow_shift(root: Path) -> float:
-    """The shift of the folder's scheduler; SANA's 3.0 where none is recorded."""
-    path = root / "scheduler" / "scheduler_config.json"
-    return float(read_json(path).get("flow_shift", 3.0)) if path.exists() else 3.0

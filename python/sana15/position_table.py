@@ -83,7 +83,7 @@ def _explains(rows: torch.Tensor, base: int, scale: float) -> bool:
     """Whether [side, side, C] is this table but for rounding: of its dtype, and of positions that were computed in fp32."""
     side, _, C = rows.shape
     cpu = torch.device("cpu")
-    axis = position_embedding(1, side, C, base, scale, cpu)[:, : C // 2].to(rows.device)  # of columns; rows have the same
+    axis = position_embedding(1, side, C, base, scale, cpu)[:, : C // 2]  # of columns; rows have the same
     tolerance = torch.finfo(rows.dtype).eps + 2**-22 * base / scale
     for index, row in enumerate(rows):
         expected = torch.cat([axis, axis[index].expand(side, -1)], -1)

@@ -54,7 +54,7 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
-    sampler: str = "flow_dpm"
+    sampler: str | None = None  # None: the model's own; see Pipeline.sampler_of
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or self.seed < 0:

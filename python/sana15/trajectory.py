@@ -52,7 +52,7 @@ def calibration(
     guidance_interval: tuple[float, float] | None = None,
     height: int | None = None,
     width: int | None = None,
-    sampler: str = "flow_dpm",
+    sampler: str | None = None,
     batch_size: int = 16,
 ) -> Iterator[CalibrationBatch]:
     """The prompts' sampled trajectories, batch by batch: memory does not grow with the number of prompts.
@@ -74,7 +74,7 @@ def calibration(
         the first batch.
     """
     settings = Sampling(seed, steps, guidance, guidance_interval, height, width, "", sampler)
-    plan = flow.schedule(steps, sampler=sampler, flow_shift=pipe.flow_shift)
+    plan = flow.schedule(steps, sampler=pipe.sampler_of(settings), flow_shift=pipe.flow_shift)
     at = range(steps) if at is None else list(at)
     if not prompts:
         raise ValueError("calibration needs at least one prompt")
