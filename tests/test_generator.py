@@ -191,6 +191,20 @@ def test_schedulers_that_tell_and_that_do_not():
     assert data_prediction(heun, heun.step(v, heun.timesteps[0], sample), v, sample) is None
 
 
+@pytest.mark.parametrize("settings", [{"shift": 3.0}, {"invert_sigmas": True}])
+def test_an_euler_preview_is_one_step_to_the_end_of_its_own_schedule(settings):
+    """Whichever way that runs; and settings that an earlier scheduler left in its configuration do not count."""
+    before = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="dpmsolver++"
+    )
+    euler = FlowMatchEulerDiscreteScheduler.from_config(before.config, **settings)
+    assert euler.config.algorithm_type == "dpmsolver++"
+    euler.set_timesteps(4)
+    sample, v, levels = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2), euler.sigmas
+    out = euler.step(v, euler.timesteps[0], sample)
+    torch.testing.assert_close(data_prediction(euler, out, v, sample), sample + (levels[-1] - levels[0]) * v)
+
+
 class Closed(SanaPipeline):
     """A pipeline without a step callback."""
 

@@ -74,6 +74,7 @@ STRANGE = {
     "learned": lambda: table_of(8, 1.0) + 0.01 * random(8),
     "one number off": lambda: table_of(8, 1.0).index_fill(1, torch.tensor([37]), 0.5),
     "rows before columns": lambda: table_of(8, 1.0).unflatten(1, (8, 8)).transpose(1, 2).flatten(1, 2),
+    "hardly any spacing": lambda: table_of(8, 1e300),
     "constant": lambda: torch.ones(1, 64, C),
     "not a number": lambda: torch.full((1, 64, C), float("nan")),
     "one position": lambda: table_of(1, 1.0),

@@ -139,6 +139,17 @@ def test_what_the_file_does_not_tell_is_said(tmp_path, capsys):
     assert SanaConfig.load(tmp_path / "b") == dataclasses.replace(config, cross_attention_dim=96)
 
 
+def test_a_scale_that_the_table_does_not_tell_is_said(tmp_path, capsys):
+    """One position has no spacing."""
+    config = SanaConfig(**SIZES | {"sample_size": 1, "interpolation_scale": 2.0, "num_cross_attention_heads": 3})
+    folder = folder_of(tmp_path / "in", tensors(config), config, 1, 0)
+    assert main(["convert", str(folder), str(tmp_path / "a.safetensors")]) == 0
+    changes = capsys.readouterr().out.splitlines()[-1].split()[8:]
+    assert changes == ["num_cross_attention_heads=3", "interpolation_scale=2.0"]
+    assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b"), *changes]) == 0
+    assert SanaConfig.load(tmp_path / "b").interpolation_scale == 2.0
+
+
 def test_a_name_for_neither_folder_nor_release_is_refused(tmp_path, capsys):
     config = SanaConfig(**SIZES)
     folder = folder_of(tmp_path / "in", tensors(config), config, 1, 0)

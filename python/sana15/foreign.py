@@ -276,10 +276,11 @@ def data_prediction(scheduler: Any, out: Any, model_output: torch.Tensor, sample
     told = getattr(out, "pred_original_sample", None)
     if told is not None:
         return told
-    config = scheduler.config
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        levels = scheduler.sigmas.to(sample)  # they end at 0, inverted ones at 1
+        return sample + (levels[-1] - levels[scheduler.step_index - 1]) * model_output
+    config = scheduler.config  # may also hold settings of the class that it was made from
     if config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++") or config.get("predict_x0"):
         history = getattr(scheduler, "model_outputs", None)  # converted to data predictions, the last one last
         return history[-1] if history else None
-    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-        return sample - scheduler.sigmas[scheduler.step_index - 1].to(sample) * model_output
     return None

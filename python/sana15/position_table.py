@@ -46,7 +46,7 @@ def interpolation_of(table: torch.Tensor, side: int, base: int) -> float | None:
     if C % 4 or side < 2 or not rows.isfinite().all():
         raise ValueError("the table is neither all zeros nor 2-D sines and cosines of more than one position")
     found = _scale(rows[0, :, : C // 2].double(), base)
-    for candidate in _candidates(found):
+    for candidate in _candidates(found) if 0 < found < math.inf else ():
         if candidate > 0 and _explains(rows, base, candidate):
             return candidate
     raise ValueError("no interpolation scale gives these sines and cosines")

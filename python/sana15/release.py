@@ -259,7 +259,11 @@ def needed_changes(weights: Weights, config: SanaConfig) -> dict[str, Any]:
     heads = config.num_cross_attention_heads
     published = {size.width: size.num_cross_attention_heads for size in SIZES.values()}
     changes = {} if published.get(config.width) == heads else {"num_cross_attention_heads": heads}
-    found = dataclasses.asdict(infer_config(weights, "the file", changes))
+    try:
+        found = dataclasses.asdict(infer_config(weights, "the file", changes))
+    except DataError:  # the table of a single position, say, tells no scale
+        changes["interpolation_scale"] = config.interpolation_scale
+        found = dataclasses.asdict(infer_config(weights, "the file", changes))
     wanted = dataclasses.asdict(config) | {"cross_attention_dim": None}
     return changes | {name: value for name, value in wanted.items() if found[name] != value}
 
