@@ -138,6 +138,7 @@ def test_the_index_names_the_class_as_for_diffusers(tmp_path):
         ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0}, None, "no FlowMatchHeunDiscreteScheduler"),
         ({"shift": 3.0}, ["diffusers", "UniPCMultistepScheduler"], "sana15 has no UniPCMultistepScheduler"),
         ({"shift": 3.0}, None, "names no class (_class_name) for its shift"),
+        ({"_class_name": ["Euler"], "shift": 3.0}, None, "sana15 has no ['Euler']"),
         ({"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0}, None, "use_flow_sigmas false is not supported, only true"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": "3"}, None, "shift must be a finite number above 0, got 3"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, None, "shift must be a finite number above 0, got 0"),

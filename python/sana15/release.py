@@ -258,7 +258,7 @@ def needed_changes(weights: Weights, config: SanaConfig) -> dict[str, Any]:
     """What `convert` must be told to read `config` back from these tensors in the release's layout."""
     heads = config.num_cross_attention_heads
     published = {size.width: size.num_cross_attention_heads for size in SIZES.values()}
-    changes = {} if published.get(config.width) == heads else {"num_cross_attention_heads": heads}
+    changes: dict[str, Any] = {} if published.get(config.width) == heads else {"num_cross_attention_heads": heads}
     try:
         found = dataclasses.asdict(infer_config(weights, "the file", changes))
     except DataError:  # the table of a single position, say, tells no scale

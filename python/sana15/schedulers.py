@@ -111,7 +111,7 @@ def folder_sampler(root: Path) -> FolderSampler:
         if unknown := sorted(k for k in config if k != "flow_shift" and not k.startswith("_")):
             raise DataError(f"{path} names no class (_class_name) for its {unknown[0]}")
         return FolderSampler(flow_shift=_shift(config, "flow_shift", FLOW_SHIFT, path))
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise DataError(f"{path}: sana15 has no {name}; it samples as {' or '.join(CLASSES)} do")
     scheduler = CLASSES[name]
     settings = scheduler.defaults | {k: v for k, v in config.items() if not k.startswith("_")}
