@@ -20,8 +20,8 @@ FLOORS = (
 HOME = {
     "storage": "files pictures checkpoint redaction",
     "device": "device",
-    "model": "config model text autoencoder model_folders release",
-    "sampling": "flow sampling guidance generator pipeline foreign",
+    "model": "config model text autoencoder model_folders release position_table",
+    "sampling": "flow sampling schedulers guidance generator pipeline foreign",
     "growth": "growth growth_files growth_training",
     "training": "train train_config train_checkpoints train_tasks text_task data distillation soap memory",
     "evaluation": "geneval evaluate scores export detector sample",
