@@ -13,7 +13,7 @@ MODEL ?=
 PARTS ?=
 PYTEST_ARGS ?=
 
-BIN := $(abspath $(VENV))/bin
+BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
@@ -59,5 +59,5 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist out *.egg-info sana_ext/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist out *.egg-info sana_ext/*.so sana_ext/libsana_ext.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find sana_ext tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

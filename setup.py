@@ -1,43 +1,54 @@
 """Builds the compiled part: libsana_ext_cpu.so, libsana_ext_cuda.so (both without Python) and the module _C.
 
-The folders are the file lists. SANA_EXT_BUILD=auto|none|cpu|cuda chooses: auto builds what this machine can build and
-says in one line why it chose less; a named choice that cannot be met fails. MAX_JOBS limits the parallel compilations.
+The folders are the file lists; csrc/sana_ext_build.py writes the build.ninja. SANA_EXT_BUILD=auto|none|cpu|cuda chooses:
+auto builds the CPU library or fails, and the CUDA library where nvcc can compile, else it says in one line why not; a
+named choice that cannot be met fails. MAX_JOBS limits the parallel compilations.
 SANA_EXT_BUILD=emulator builds only libsana_ext_emulator.so: the CUDA kernels and their glue on the host, for tests.
 """
 
 import importlib.util
 import os
-import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-VERSION = "0.1.0"
-TORCH_TARGET = (2, 10)  # the oldest torch that the libraries run with
-CUDA_FLOOR = (12, 8)
-# 90+PTX is code that newer GPUs translate when they load it.
-CUDA_ARCHITECTURES = os.environ.get("SANA_EXT_CUDA_ARCHITECTURES", "80 89 90 90+PTX").split()
+sys.path.insert(0, str(ROOT / "csrc"))
+from sana_ext_build import (  # noqa: E402, F401  (the checks read the flags here)
+    CUDA_ARCHITECTURES,
+    KERNEL_FLAGS,
+    NVCC_FLAGS,
+    TORCH_TARGET,
+    VERSION,
+    X86_FLAGS,
+    compiler,
+    gencode,
+    host_compiler,
+    ninja_file,
+    nvcc_command,
+    nvcc_link_flags,
+    nvcc_version,
+    python_header,
+    torch_flags,
+)
 
-COMMON_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized"
-KERNEL_FLAGS = "-ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
-X86_FLAGS = {
-    "baseline": "",
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
-}
-ISA_FLAGS = X86_FLAGS if platform.machine() == "x86_64" else {"baseline": ""}
-# What runs on the host in place of a GPU.
-EMULATOR_FLAGS = "-DSANA_EXT_EMULATOR -O2 -Wno-unknown-pragmas"
-NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+sys.path.remove(str(ROOT / "csrc"))
+SOURCES = runpy.run_path(str(ROOT / "sana_ext/_sources.py"))  # importing the package would import torch
+CUDA_FLOOR = (12, 8)
+NONE = "SANA_EXT_BUILD=none installs without kernels"
+TOOLS = "pip install 'setuptools>=77' ninja pybind11"  # what a build without isolation needs beside torch
 
 
 @dataclass
@@ -47,6 +58,7 @@ class Plan:
     libraries: list[str] = field(default_factory=list)  # "cpu", "cuda", "emulator"
     bindings: bool = False  # the module _C
     nvcc: str | None = None
+    why_no_cuda: str | None = None
 
     def extensions(self):
         names = [f"libsana_ext_{name}" for name in self.libraries] + (["_C"] if self.bindings else [])
@@ -64,13 +76,6 @@ def find_nvcc():
     return next((str(c.resolve()) for c in candidates if c.is_file() and os.access(c, os.X_OK)), None)
 
 
-def nvcc_version(nvcc):
-    found = re.search(
-        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
-    return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
 def find_ninja():
     if importlib.util.find_spec("ninja"):
         import ninja
@@ -85,65 +90,109 @@ def why_no_cpu():
     if sys.platform != "linux":
         missing.append("Linux")
     if importlib.util.find_spec("torch") is None:
-        missing.append("torch")
+        missing.append("torch (pip install torch)")
     elif tuple(int(n) for n in version("torch").split(".")[:2]) < TORCH_TARGET:
         missing.append(f"torch >= {'.'.join(map(str, TORCH_TARGET))} (found {version('torch')})")
     if find_ninja() is None:
-        missing.append("ninja")
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler.split()[-1]):
-        missing.append(f"a C++ compiler ({compiler})")
+        missing.append("ninja (pip install ninja)")
+    if not (compiler() and all(map(shutil.which, {compiler()[0], host_compiler()}))):
+        missing.append(f"a C++ compiler ({os.environ.get('CXX') or 'c++'})")
     return f"needs {' and '.join(missing)}" if missing else None
 
 
 def why_no_cuda(nvcc):
+    """Why the CUDA library cannot be built with this nvcc, or None: it must compile and link a one-line kernel."""
     if nvcc is None:
         return "no nvcc in CUDA_HOME, on PATH or in the nvidia-cuda-nvcc wheels (see the extra [nvcc])"
     found = nvcc_version(nvcc)
-    return (
-        f"{nvcc} is CUDA {found[0]}.{found[1]}, older than {CUDA_FLOOR[0]}.{CUDA_FLOOR[1]}"
-        if found < CUDA_FLOOR
-        else None
-    )
+    if found < CUDA_FLOOR:
+        return f"{nvcc} is CUDA {found[0]}.{found[1]}, older than {CUDA_FLOOR[0]}.{CUDA_FLOOR[1]}"
+    (ROOT / "build").mkdir(exist_ok=True)
+    # Below the sources, so that a folder's name that nvcc does not bear is met here.
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
+        includes = ["cuda_fp16.h", *(["torch/csrc/stable/version.h"] if importlib.util.find_spec("torch") else [])]
+        checks = [f"#if !__has_include(<{name}>)\n#error no <{name}>\n#endif" for name in includes]
+        Path(folder, "probe.cu").write_text(
+            "\n".join([*checks, "#include <cuda_fp16.h>", "__global__ void probe() {}\n"])
+        )
+        flags = [*NVCC_FLAGS.split(), *gencode().split(), *(torch_flags() if len(includes) > 1 else [])]
+        command = [*nvcc_command(nvcc), *flags, "probe.cu", *nvcc_link_flags(nvcc), "-o", "probe.so"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    if result.returncode == 0:
+        return None
+    lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
+    said = next((line for line in lines if re.search(r"error|fatal|unsupported", line, re.IGNORECASE)), "")
+    said = said or (lines[-1] if lines else f"exit code {result.returncode}")
+    return f"{nvcc} cannot compile with {host_compiler()} for {' '.join(CUDA_ARCHITECTURES)}: {said}"
+
+
+def wanted():
+    mode = os.environ.get("SANA_EXT_BUILD") or "auto"
+    if mode not in ("auto", "none", "cpu", "cuda", "emulator"):
+        raise SystemExit(f"SANA_EXT_BUILD={mode} is unknown; choose auto, none, cpu or cuda")
+    return mode
 
 
 def choose():
-    wanted = os.environ.get("SANA_EXT_BUILD") or "auto"
-    if wanted not in ("auto", "none", "cpu", "cuda", "emulator"):
-        raise SystemExit(f"SANA_EXT_BUILD={wanted} is unknown; choose auto, none, cpu or cuda")
-    if wanted == "none":
+    mode = wanted()
+    if mode == "none":
         return Plan()
     against = why_no_cpu()
-    if against and wanted != "auto":
-        raise SystemExit(f"SANA_EXT_BUILD={wanted} cannot be met: {against}")
+    if against and mode == "auto":
+        raise SystemExit(f"sana_ext: cannot build the kernels: {against}; {NONE}")
     if against:
-        print(f"sana_ext: building no kernels: {against}; every op runs its PyTorch default", file=sys.stderr)
-        return Plan()
-    if wanted == "emulator":
+        raise SystemExit(f"SANA_EXT_BUILD={mode} cannot be met: {against}")
+    if mode == "emulator":
         return Plan(["emulator"])
     plan = Plan(["cpu"], bindings=importlib.util.find_spec("pybind11") is not None and python_header().exists())
     if not plan.bindings:
         print("sana_ext: not building the module _C (build facts): needs pybind11 and Python.h", file=sys.stderr)
-    if wanted == "cpu":
+    if mode == "cpu":
+        plan.why_no_cuda = "SANA_EXT_BUILD=cpu"
         return plan
     nvcc = find_nvcc()
-    against = why_no_cuda(nvcc)
-    if against and wanted == "cuda":
-        raise SystemExit(f"SANA_EXT_BUILD=cuda cannot be met: {against}")
-    if against:
-        print(f"sana_ext: building CPU kernels only: {against}", file=sys.stderr)
+    plan.why_no_cuda = why_no_cuda(nvcc)
+    if plan.why_no_cuda and mode == "cuda":
+        raise SystemExit(f"SANA_EXT_BUILD=cuda cannot be met: {plan.why_no_cuda}")
+    if plan.why_no_cuda:
+        print(f"sana_ext: building CPU kernels only: {plan.why_no_cuda}", file=sys.stderr)
         return plan
     plan.libraries.append("cuda")
     plan.nvcc = nvcc
     return plan
 
 
-def python_header():
-    return Path(sysconfig.get_path("include")) / "Python.h"
-
-
 class NinjaBuild(build_ext):
     """One build.ninja for everything; the libraries keep their plain names."""
+
+    def run(self):
+        # Only here, where something is compiled: the metadata and a source distribution need no compiler.
+        self.plan = choose()
+        planned = {ext.name for ext in self.plan.extensions()}
+        self.extensions[:] = [ext for ext in self.extensions or [] if ext.name in planned]
+        # setuptools compiles into build_lib and copies from there into the source tree.
+        folders = [Path(self.build_lib, "sana_ext"), *([ROOT / "sana_ext"] if self.inplace else [])]
+        sources = self.remaining_sources(folders[-1])
+        for folder in folders:
+            (folder / SOURCES["RECORD"]).unlink(missing_ok=True)
+        if not self.inplace:
+            self.remove_others(folders[0])
+        super().run()
+        built = dict.fromkeys(self.plan.libraries, SOURCES["fingerprint"](ROOT))
+        if built:
+            SOURCES["write_record"](folders[-1], {**sources, **built}, self.plan.why_no_cuda)
+
+    def remaining_sources(self, folder):
+        """What the record says of libraries in the source tree that this build leaves as they are."""
+        recorded = SOURCES["read_record"](folder).get("sources", {}) if self.inplace else {}
+        return {name: of for name, of in recorded.items() if (folder / f"libsana_ext_{name}.so").exists()}
+
+    def remove_others(self, folder):
+        """What an earlier build left in build_lib would go into the wheel."""
+        names = {Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
+        for file in [*folder.glob("libsana_ext_*.so"), *folder.glob("_C*.so")]:
+            if file.name not in names:
+                file.unlink()
 
     def get_ext_filename(self, name):
         if "libsana_ext" in name:
@@ -158,96 +207,75 @@ class NinjaBuild(build_ext):
         }
         for target in targets.values():
             target.parent.mkdir(parents=True, exist_ok=True)
-        (temp / "build.ninja").write_text(ninja_file(targets, PLAN))
+        text = ninja_file(targets, self.plan.libraries, self.plan.nvcc, temp)
+        (temp / "build.ninja").write_bytes(os.fsencode(text))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([find_ninja(), "-C", str(temp), "--quiet", *jobs]).returncode:
-            raise SystemExit("sana_ext: compiling failed; the compiler's message stands above")
+            raise SystemExit(f"sana_ext: compiling failed; the compiler's message stands above; {NONE}")
 
 
-def ninja_file(targets, plan):
-    torch = Path(importlib.util.find_spec("torch").origin).parent
-    cxx = os.environ.get("CXX", "c++")
-    common = f"{COMMON_FLAGS} {os.environ.get('CXXFLAGS', '')}"
-    stable = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    torch_flags = f"{stable} -isystem {torch}/include -isystem {torch}/include/torch/csrc/api/include"
-    nvcc = f"{plan.nvcc} -ccbin {cxx.split()[-1]}"
-    lines = [
-        f"rule cxx\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule nvcc\n  command = {nvcc} -MD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} -shared $in $libs -o $out",
-        f"rule nvcclink\n  command = {nvcc} -shared -cudart static $in $libs -o $out",
-    ]
-    objects = {name: [] for name in targets}
+def kept_by():
+    """Which installer keeps the wheel built here for all who ask for this commit or archive: "pip", "uv" or None.
 
-    def compile(target, source, flags, rule="cxx", suffix=""):
-        obj = f"{source.relative_to(ROOT)}{suffix}.o"
-        objects[target].append(obj)
-        lines.append(f"build {obj}: {rule} {source}\n  flags = {flags}")
-
-    if "libsana_ext_cpu" in targets:
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            compile("libsana_ext_cpu", source, f"{common} {torch_flags}")
-        for source in sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")):
-            levels = {"baseline": ""} if source.stem == "isa" else ISA_FLAGS
-            for isa, flags in levels.items():
-                flags = f"{common} {KERNEL_FLAGS} -DSANA_EXT_ISA={isa} {flags}"
-                compile("libsana_ext_cpu", source, flags, suffix=f".{isa}")
-    if "libsana_ext_emulator" in targets:
-        sources = [("csrc/cuda/*.cpp", torch_flags), ("csrc/cuda/kernels/*.cu", "-x c++"), ("csrc/emulator/*.cpp", "")]
-        for pattern, more in sources:
-            for source in sorted(ROOT.glob(pattern)):
-                compile("libsana_ext_emulator", source, f"{common} {EMULATOR_FLAGS} {more}", suffix=".emulator")
-    if "libsana_ext_cuda" in targets:
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):
-            compile("libsana_ext_cuda", source, f"{NVCC_FLAGS} -DUSE_CUDA {torch_flags}", "nvcc")
-        for source in sorted((ROOT / "csrc/cuda/kernels").glob("*.cu")):
-            compile("libsana_ext_cuda", source, f"{NVCC_FLAGS} --threads 2 {gencode()}", "nvcc")
-    if "_C" in targets:
-        import pybind11
-
-        facts = {
-            "VERSION": VERSION,
-            "TORCH": torch_version(torch),
-            "TORCH_TARGET": ".".join(map(str, TORCH_TARGET)),
-            "LIBRARIES": " ".join(plan.libraries),
-            "NVCC": plan.nvcc or "",
-            "CUDA": ".".join(map(str, nvcc_version(plan.nvcc))) if plan.nvcc else "",
-            "CUDA_ARCHITECTURES": " ".join(CUDA_ARCHITECTURES) if plan.nvcc else "",
-        }
-        macros = " ".join(f"-DSANA_EXT_{k}='\"{v}\"'" for k, v in facts.items())
-        includes = f"-isystem {pybind11.get_include()} -isystem {python_header().parent}"
-        compile("_C", ROOT / "csrc/bindings.cpp", f"{common} {includes} {macros}")
-    torch_libs = f"-L{torch}/lib -ltorch_cpu"
-    libs = {"_C": "", "libsana_ext_cpu": torch_libs, "libsana_ext_emulator": torch_libs}
-    stub = ""
-    if "libsana_ext_cuda" in targets:
-        # The library must ask for libtorch_cuda.so, and a CPU torch has none to link with: a stub of that name does.
-        stub = "stubs/libtorch_cuda.so"
-        function = "void aoti_torch_get_current_cuda_stream(void) {}"
-        shared = "-shared -fPIC -Wl,-soname,libtorch_cuda.so"
-        lines.append(f"rule stub\n  command = echo '{function}' | {cxx} -x c - {shared} -o $out\nbuild {stub}: stub")
-        # The wheels keep the static runtime in lib/, where their nvcc does not look.
-        libs["libsana_ext_cuda"] = f"-Lstubs -ltorch_cuda -L{Path(plan.nvcc).parent.parent}/lib {torch_libs}"
-    for name, path in targets.items():
-        rule, after = ("nvcclink", f" | {stub}") if name == "libsana_ext_cuda" else ("link", "")
-        lines.append(f"build {path}: {rule} {' '.join(objects[name])}{after}\n  libs = {libs[name]}")
-    return "\n".join(lines) + "\n"
+    Both know such a wheel by where its source came from, not by the environment variables of its build.
+    """
+    if any(re.match(r"pip-(req-build|install)-", part) for part in ROOT.parts):
+        return "pip"
+    for cache in ROOT.parents:
+        bucket = ROOT.relative_to(cache).parts[0]
+        if (cache / "CACHEDIR.TAG").exists() and re.match(r"(git|sdists)-v\d+$", bucket):
+            # --no-cache is a cache of its own that uv removes when it is done.
+            passing = cache.parent == Path(tempfile.gettempdir()).resolve() and cache.name.startswith(".tmp")
+            return None if passing else "uv"
+    return None
 
 
-def torch_version(torch):
-    """torch.__version__ without importing torch; the metadata of PyPI's wheels leave out its +cu130."""
-    return re.search(r"^__version__ = '(.+)'", (torch / "version.py").read_text(), re.MULTILINE)[1]
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        bdist_wheel = None
 
 
-def gencode():
-    """nvcc's options for CUDA_ARCHITECTURES."""
-    options = []
-    for architecture in CUDA_ARCHITECTURES:
-        number, ptx = architecture.removesuffix("+PTX"), architecture.endswith("+PTX")
-        options.append(f"-gencode arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
-    return " ".join(options)
+class NoWheel(Command):
+    """Stands in for the missing command."""
+
+    user_options: ClassVar = []
+
+    def initialize_options(self):
+        found = f"setuptools {setuptools.__version__} alone cannot build a wheel"
+        raise SystemExit(f"sana_ext: {found}; {TOOLS}")
+
+    finalize_options = run = initialize_options
+
+
+class Wheel(bdist_wheel or NoWheel):
+    """A wheel without kernels is not left in an installer's cache, where it would be taken for one with kernels."""
+
+    def run(self):
+        keeper = kept_by() if wanted() == "none" else None
+        if keeper == "uv":
+            raise SystemExit(
+                "SANA_EXT_BUILD=none: uv would keep this wheel without kernels and use it where kernels are wanted; "
+                "add --no-cache, or install from a checkout"
+            )
+        before = set(Path(self.dist_dir).glob("*.whl"))
+        super().run()
+        if keeper == "pip":
+            # pip installs what it has just built, and looks only for names with the machine's tags in its cache.
+            for wheel in set(Path(self.dist_dir).glob("*.whl")) - before:
+                wheel.rename(wheel.with_name(re.sub(r"[^-]+\.whl$", "without_kernels.whl", wheel.name)))
+
+
+def licence():
+    """PEP 639's expression; older versions of setuptools know only the field before it."""
+    new = tuple(int(n) for n in setuptools.__version__.split(".")[:2]) >= (77, 0)
+    return {"license_expression" if new else "license": "Apache-2.0", "license_files": ["LICENSE"]}
 
 
 if __name__ == "__main__":
-    PLAN = choose()
-    setup(ext_modules=PLAN.extensions(), cmdclass={"build_ext": NinjaBuild})
+    every = {"none": Plan(), "emulator": Plan(["emulator"])}.get(wanted(), Plan(["cpu", "cuda"], bindings=True))
+    commands = {"build_ext": NinjaBuild, "bdist_wheel": Wheel}
+    setup(ext_modules=every.extensions(), cmdclass=commands, **licence())  # build_ext leaves out what it does not build

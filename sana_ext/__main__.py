@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+import warnings
 
 from . import __version__, _extension, _info, _selftest
 
@@ -23,8 +24,11 @@ def report() -> str:
         against = f"torch {built['torch_at_build']}, runs with torch >= {built['torch_target']}"
         lines.append(f"build: compiler {built['compiler']}, {against}{nvcc}")
     for name, library in _extension.libraries().items():
-        state = f"loaded from {library.path}" if library.loaded else f"not loaded: {library.reason}"
+        state = f"{library.reason}: {library.path}" if library.loaded else f"not loaded: {library.reason}"
         lines.append(f"libsana_ext_{name}.so: {state}")
+    lines += [
+        f"{name}: built from other sources than this folder has now; build it again" for name in _extension.outdated()
+    ]
     if not any(library.loaded for library in _extension.libraries().values()):
         lines.append("No compiled kernel is in use: every op runs its PyTorch default, correct but not faster.")
     lines += [_info.cpu_level(), _info.arithmetic(), "", str(_info.kernel_info()), ""]
@@ -46,6 +50,7 @@ def self_test() -> bool:
 
 def main() -> int:
     print(report())
+    warnings.filterwarnings("ignore", "sana_ext: libsana_ext_")  # the report has just said it
     return 0 if self_test() else 1
 
 

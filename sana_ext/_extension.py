@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -13,12 +14,11 @@ from typing import Any
 
 import torch
 
-from .ops._library import OPS
+from . import _sources
+from .ops._library import MISSING, NOT_COMPILED, OPS
 
 #: Instruction set levels that SANA_EXT_CPU_ISA may name: x86-64's in rising order, and AArch64's only one.
 ISA_LEVELS = ("baseline", "avx2", "avx512", "neon")
-#: Ops without a kernel in the CPU library, or without a device to dispatch on.
-NOT_ON_CPU = ("cross_attention_forward", "cross_attention_backward", "native_arithmetic")
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,22 @@ class Library:
 
 _libraries: dict[str, Library] = {}
 _isa: tuple[str | None, str | None] = (None, None)  # in use, best
+_package = Path(__file__).parent
+_home = _package  # where the libraries are
+_remark = ""  # why it is another folder than the package's, or why another one is not used
 
 
 def load() -> None:
     """Loads the libraries that belong to this torch; called once by ``import sana_ext``."""
-    global _isa
+    global _home, _isa, _remark
     wanted = os.environ.get("SANA_EXT_CPU_ISA", "")
     if wanted and wanted not in ISA_LEVELS:
         raise ValueError(f"SANA_EXT_CPU_ISA={wanted!r} is not a known level; choose one of {', '.join(ISA_LEVELS)}")
+    _home, _remark = _sources.home(_package)
     emulated = os.environ.get("SANA_EXT_EMULATOR", "") == "1"
     _libraries["cpu"] = _load_emulator() if emulated else _load("cpu")
     _libraries["cuda"] = _load("cuda", _why_no_cuda)
+    MISSING.update({library.name: _warning(library) for library in _libraries.values() if not library.loaded})
     if _libraries["cpu"].loaded and not emulated:
         _isa = _isa_levels(_libraries["cpu"].path)
         if _isa[0] is None:
@@ -61,6 +66,14 @@ def _why_no_cuda() -> str | None:
     return None
 
 
+def _warning(library: Library) -> str:
+    """What the first op says that would have used this library."""
+    return (
+        f"sana_ext: libsana_ext_{library.name}.so is missing ({library.reason}): ops on {library.name} run their PyTorch "
+        "default, correct but slower; `python -m sana_ext` tells more"
+    )
+
+
 def _load_emulator() -> Library:
     """For tests: the CUDA kernels, emulated on the host, answer for CPU tensors in place of the CPU's own."""
     library = _load("emulator")
@@ -70,9 +83,9 @@ def _load_emulator() -> Library:
 
 
 def _load(device: str, why_not: Callable[[], str | None] | None = None) -> Library:
-    path = Path(__file__).parent / f"libsana_ext_{device}.so"
+    path = (_package if device == "emulator" else _home) / f"libsana_ext_{device}.so"
     if not path.exists():
-        return Library(device, path, False, "not built")
+        return Library(device, path, False, _why_not_built(device))
     if why_not and (reason := why_not()):
         return Library(device, path, False, reason)
     try:
@@ -81,7 +94,14 @@ def _load(device: str, why_not: Callable[[], str | None] | None = None) -> Libra
         raise ImportError(f"sana_ext: {path} was built but cannot be loaded: {error}") from error
     if wrong := _mismatch(device):
         raise _other_version(path, wrong)
-    return Library(device, path, True, "loaded")
+    return Library(device, path, True, _remark if _home != _package else "loaded")
+
+
+def _why_not_built(device: str) -> str:
+    """What the build said, which installers hide; else what is against the copy that another folder has."""
+    why = _sources.read_record(_home).get("why_no_cuda") if device == "cuda" else None
+    against = _remark if _home == _package else ""
+    return "; ".join(["not built", *filter(None, (why, against))])
 
 
 def _mismatch(device: str) -> str | None:
@@ -92,7 +112,7 @@ def _mismatch(device: str) -> str | None:
         return f"it has kernels of unknown ops ({', '.join(unknown)})"
     if device != "cpu":
         return None
-    missing = [op for op in OPS if op not in NOT_ON_CPU and not has_kernel(op, device)]
+    missing = [op for op in OPS if op not in NOT_COMPILED["cpu"] and not has_kernel(op, device)]
     return f"it lacks kernels ({', '.join(missing)})" if missing else None
 
 
@@ -136,7 +156,20 @@ def has_kernel(op: str, device: str) -> bool:
 
 def build_info() -> dict[str, Any] | None:
     """What the build recorded (compiler, torch, nvcc, architectures), or None where the module ``_C`` was not built."""
-    # Only the file beside this one counts: an editable install's finder would offer another copy's.
-    if PathFinder.find_spec("sana_ext._C", [str(Path(__file__).parent)]) is None:
-        return None
-    return dict(importlib.import_module("sana_ext._C").build_info())
+    # Only the file beside the libraries counts: an editable install's finder would offer another copy's.
+    name = "sana_ext._C"
+    if name not in sys.modules:
+        spec = PathFinder.find_spec(name, [str(_home)])
+        if spec is None or spec.loader is None:
+            return None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return dict(sys.modules[name].build_info())
+
+
+def outdated() -> list[str]:
+    """The libraries in the source tree of this package that were built from other sources than it has now."""
+    now = _sources.fingerprint(_package.parent)
+    recorded = _sources.read_record(_package).get("sources", {})
+    return [f"libsana_ext_{name}.so" for name, of in recorded.items() if now is not None and of != now]

@@ -7,22 +7,56 @@ is loaded; the dispatcher then prefers them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 #: Every registered op of the namespace ``sana_ext``: name -> stem of its family.
 OPS: dict[str, str] = {}
+#: Device -> ops without a compiled kernel for it, on purpose: no device to dispatch on, or torch's own answers there.
+NOT_COMPILED: dict[str, frozenset[str]] = {
+    "cpu": frozenset({"cross_attention_forward", "cross_attention_backward", "native_arithmetic"}),
+}
+NOT_COMPILED["cuda"] = NOT_COMPILED["cpu"] | {"linear_forward", "linear_backward"}
+#: Device -> what the first op says that would have used the library for it. Filled where a library is missing.
+MISSING: dict[str, str] = {}
+_saying = threading.Lock()
 
 
 def define(stem: str, name: str, schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Registers ``sana_ext::name`` with its schema, its PyTorch kernel and its shape function."""
     qualified = f"sana_ext::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "default", default)
+    torch.library.impl(qualified, "default", _reporting(name, default))
     torch.library.register_fake(qualified, fake)
     OPS[name] = stem
+
+
+def _reporting(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    """The default kernel, which says once per process and device that the library it stands in for is missing."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if MISSING and (device := _device(args)) in MISSING and name not in NOT_COMPILED[device]:
+            with _saying:
+                message = MISSING.pop(device, None)
+            if message is not None:
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return default(*args, **kwargs)
+
+    return run
+
+
+def _device(args: Iterable[Any]) -> str:
+    """The type of the first tensor's device, among arguments and lists of them; empty where there is none."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device.type
+        if isinstance(arg, (list, tuple)) and (found := _device(arg)):
+            return found
+    return ""
 
 
 def differentiable(
