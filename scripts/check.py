@@ -274,26 +274,62 @@ def second_torch() -> str:
 
 @part
 def install() -> str:
-    """the source distribution, installed into an empty environment, run from an empty folder"""
-    dist, empty = OUT / "dist", OUT / "empty"
-    shutil.rmtree(dist, ignore_errors=True)
-    empty.mkdir(exist_ok=True)
-    run([PYTHON, "setup.py", "-q", "sdist", "-d", dist])
+    """README's installation, line by line in a clean checkout with a space in its path; the source distribution"""
+    import readme_commands
+
+    checkout, lines = OUT / "a clean checkout", []
+    shutil.rmtree(checkout, ignore_errors=True)
+    for name in run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]).split("\0"):
+        if name and (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, checkout / name)
     shutil.rmtree(OUT / "fresh", ignore_errors=True)
     python = venv(OUT / "fresh", [], shares=True)
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-build-isolation", "--no-deps"]
-    run([*pip, next(dist.glob("*.tar.gz"))], {"SANA_EXT_BUILD": "cpu"})
-    where = run([python, "-c", "import sana_ext; print(sana_ext.__file__)"], cwd=empty).strip()
-    if not where.startswith(str(OUT / "fresh")):
-        raise Failed(f"imported {where}")
+    # The isolated build takes the torch that is tested here, not the newest; both builds make the CPU library alone.
+    pinned = OUT / "constraint.txt"
+    pinned.write_text(f"torch=={run([PYTHON, '-c', 'import torch; print(torch.__version__)']).strip()}\n")
+    constraint = {"PIP_CONSTRAINT": str(pinned), "PIP_BUILD_CONSTRAINT": str(pinned)}
+    env = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "SANA_EXT_BUILD": "cpu", **constraint}
+    for command in readme_commands.install_commands():
+        output = run(["bash", "-euo", "pipefail", "-c", command], env, checkout)
+        lines.append(last_line(output, "self-test"))
+        if command.startswith("pip"):
+            report = run([python, "-m", "sana_ext"], env, checkout)
+            library = OUT / "fresh/lib"
+            if f"sources of {checkout}: {library}" not in report or "No compiled kernel" in report:
+                raise Failed(f"after {command!r} the checkout does not use the installed library:\n{report}")
+            run([python, "-m", "pip", "uninstall", "-q", "-y", "sana-ext"] if "isolation" not in command else ["true"])
+    return f"{lines[-1]}; source distribution: {install_source_distribution(python)}"
+
+
+def install_source_distribution(python: Path) -> str:
+    """From an empty folder; once without kernels, whose wheel must not be found in pip's cache afterwards."""
+    dist, empty, cache = OUT / "dist", OUT / "empty", OUT / "pip-cache"
+    for folder in (dist, cache):
+        shutil.rmtree(folder, ignore_errors=True)
+    empty.mkdir(exist_ok=True)
+    run([PYTHON, "setup.py", "-q", "sdist", "-d", dist])
+    requirement = f"sana-ext @ {next(dist.glob('*.tar.gz')).as_uri()}"
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--cache-dir", cache, "install", "-q"]
+    pip += ["--force-reinstall", "--no-build-isolation", "--no-deps", requirement]
+    loaded = [
+        python,
+        "-c",
+        "import sana_ext; print(sana_ext.__file__, sana_ext.kernel_info('norm_modulate')[0].forward)",
+    ]
+    for mode, forward in (("none", "default"), ("cpu", "compiled")):
+        run(pip, {"SANA_EXT_BUILD": mode})
+        where = run(loaded, cwd=empty).strip()
+        if not where.startswith(str(OUT / "fresh")) or not where.endswith(forward):
+            raise Failed(f"installed with SANA_EXT_BUILD={mode}: {where}")
     return last_line(run([python, "-m", "sana_ext"], cwd=empty), "self-test")
 
 
 @part
 def build_modes() -> str:
     """SANA_EXT_BUILD=auto|none|cpu|cuda build what they say; without any library the package works and says so"""
-    setup = f"import runpy; print(runpy.run_path({str(ROOT / 'setup.py')!r}, run_name='setup')['find_nvcc']() or '')"
-    nvcc = run([PYTHON, "-c", setup]).strip()
+    setup = f"import runpy; s = runpy.run_path({str(ROOT / 'setup.py')!r}, run_name='setup'); nvcc = s['find_nvcc']()"
+    nvcc = run([PYTHON, "-c", f"{setup}; print('' if s['why_no_cuda'](nvcc) else nvcc)"]).strip()
     expected = {"none": set(), "cpu": {"cpu"}, "auto": {"cpu", "cuda"} if nvcc else {"cpu"}}
     if nvcc:
         expected["cuda"] = {"cpu", "cuda"}
@@ -308,7 +344,7 @@ def build_modes() -> str:
     report = run([PYTHON, "-m", "sana_ext"], {"PYTHONPATH": str(OUT / "mode-none")}, OUT / "mode-none")
     if "not built" not in report:
         raise Failed(f"python -m sana_ext does not say that nothing was built:\n{report}")
-    without = "" if nvcc else " (no nvcc here: cuda not tried)"
+    without = "" if nvcc else " (no nvcc that compiles here: cuda not tried)"
     return f"{', '.join(expected)}{without}; without libraries: {last_line(report, 'self-test')}"
 
 

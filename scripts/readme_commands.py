@@ -1,7 +1,8 @@
 """Runs the commands and examples of README.md that follow a line `<!-- checked -->`: ```sh and ```python blocks.
 
 Each block runs in its own empty folder except those marked `<!-- checked: here -->`, which run in the repository. The
-environment's programs (python, pip, pytest) come first on PATH.
+environment's programs (python, pip, pytest) come first on PATH. Those marked `<!-- checked: install -->` need an
+environment of their own: `make check PARTS=install` runs them in order, in a clean copy of the checkout.
 """
 
 from __future__ import annotations
@@ -16,12 +17,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
-    r"^<!-- checked(?P<here>: here)? -->\n```(?P<language>sh|python)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE
+    r"^<!-- checked(?:: (?P<where>here|install))? -->\n```(?P<language>sh|python)\n(?P<text>.*?)^```",
+    re.DOTALL | re.MULTILINE,
 )
 
 
+def blocks_of_readme() -> list[re.Match[str]]:
+    return list(BLOCK.finditer((ROOT / "README.md").read_text()))
+
+
+def install_commands() -> list[str]:
+    """The lines of the section on installation, in order."""
+    texts = [block["text"] for block in blocks_of_readme() if block["where"] == "install"]
+    return [line for text in texts for line in text.splitlines() if line.strip()]
+
+
 def main() -> int:
-    blocks = list(BLOCK.finditer((ROOT / "README.md").read_text()))
+    blocks = [block for block in blocks_of_readme() if block["where"] != "install"]
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -31,7 +43,7 @@ def main() -> int:
         interpreter = ["bash", "-euo", "pipefail"] if block["language"] == "sh" else [sys.executable, "-"]
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as empty:
-            folder = ROOT if block["here"] else empty
+            folder = ROOT if block["where"] == "here" else empty
             result = subprocess.run(interpreter, input=block["text"], text=True, cwd=folder, env=env)
         if result.returncode:
             print(f"FAILED with exit code {result.returncode}:\n{block['text']}")

@@ -72,26 +72,64 @@ def test_a_checkout_uses_the_installed_copy_of_its_sources_and_says_so(tmp_path)
     assert not report.stderr
 
 
-@needs_cpu_library
+@pytest.fixture
+def shadowed(tmp_path, monkeypatch):
+    """A checkout and, in a later folder of sys.path, a copy of it that was built and installed."""
+    checkout = copy_tree(tmp_path / "checkout")
+    package = tmp_path / "site/sana_ext"
+    package.mkdir(parents=True)
+    (package / "libsana_ext_cpu.so").touch()
+    _sources.write_record(package, {"cpu": _sources.fingerprint(checkout)}, None)
+    monkeypatch.setattr(sys, "path", [str(checkout), str(tmp_path / "empty"), str(package.parent)])
+    return checkout / "sana_ext", package
+
+
+def test_the_installed_copy_is_found(shadowed):
+    own, installed = shadowed
+    assert _sources.home(own) == (
+        installed,
+        f"loaded from the installed copy, which was built from the sources of {own.parent}",
+    )
+    (own / "libsana_ext_cuda.so").touch()
+    assert _sources.home(own) == (own, "")  # what lies in the folder itself comes first
+    assert _sources.home(installed) == (installed, "")
+
+
 @pytest.mark.parametrize("changed", ["csrc/cpu/linear.cpp", "csrc/cuda/kernels/new.cuh", "setup.py"])
-def test_a_checkout_does_not_use_libraries_of_other_sources(tmp_path, changed):
+def test_libraries_of_other_sources_are_not_taken(shadowed, changed):
+    own, installed = shadowed
+    with (own.parent / changed).open("a") as file:
+        file.write("\n")
+    against = f"those in {installed} were built from other sources than {own.parent} has: install it again"
+    assert _sources.home(own) == (own, against)
+
+
+@pytest.mark.parametrize("record", ["{torn", "[]", '{"sources": 1}', "{}", None])
+def test_libraries_without_a_record_are_not_taken(shadowed, record):
+    own, installed = shadowed
+    (installed / _sources.RECORD).unlink()
+    if record is not None:
+        (installed / _sources.RECORD).write_text(record)
+    assert _sources.home(own)[0] == own
+
+
+def test_a_later_copy_of_the_same_sources_is_found(shadowed, monkeypatch, tmp_path):
+    own, installed = shadowed
+    stale = shutil.copytree(installed, tmp_path / "stale/sana_ext")
+    _sources.write_record(stale, {"cpu": "of other sources"}, None)
+    monkeypatch.setattr(sys, "path", [str(stale.parent), *sys.path])
+    assert _sources.home(own)[0] == installed
+
+
+@needs_cpu_library
+def test_the_report_names_what_was_not_taken(tmp_path):
     checkout = copy_tree(tmp_path / "checkout")
     site = install(checkout, tmp_path / "site")
-    with (checkout / changed).open("a") as file:
-        file.write("// changed\n" if changed != "setup.py" else "# changed\n")
+    (checkout / "csrc/common/new.h").touch()
     report = python("-c", REPORT, cwd=checkout, path=[site])
     assert report.returncode == 0, report.stderr
     assert report.stdout.splitlines()[1] == "default"
-    against = f"those in {site / 'sana_ext'} were built from other sources than {checkout} has: install it again"
-    assert against in report.stdout
-
-
-@needs_cpu_library
-def test_libraries_without_a_record_are_not_used_for_a_checkout(tmp_path):
-    checkout = copy_tree(tmp_path / "checkout")
-    site = install(checkout, tmp_path / "site")
-    (site / "sana_ext" / _sources.RECORD).write_text("{torn")
-    assert python("-c", REPORT, cwd=checkout, path=[site]).stdout.splitlines()[1] == "default"
+    assert f"not built; those in {site / 'sana_ext'} were built from other sources" in report.stdout
 
 
 def test_the_tests_of_the_kernels_are_no_part_of_the_fingerprint(tmp_path):
@@ -102,13 +140,12 @@ def test_the_tests_of_the_kernels_are_no_part_of_the_fingerprint(tmp_path):
     assert _sources.fingerprint(tmp_path / "sana_ext") is None
 
 
-@needs_cpu_library
-def test_an_outdated_library_in_the_source_tree_is_reported(tmp_path):
+def test_an_outdated_library_in_the_source_tree_is_reported(tmp_path, monkeypatch):
     checkout = copy_tree(tmp_path)
-    shutil.copy(PACKAGE / "libsana_ext_cpu.so", checkout / "sana_ext")
-    _sources.write_record(checkout / "sana_ext", {"cpu": "of other sources"}, None)
-    report = python("-c", REPORT, cwd=checkout)
-    assert "libsana_ext_cpu.so: built from other sources than this folder has now; build it again" in report.stdout
+    monkeypatch.setattr(_extension, "_package", checkout / "sana_ext")
+    sources = {"cpu": _sources.fingerprint(checkout), "cuda": "of other sources"}
+    _sources.write_record(checkout / "sana_ext", sources, None)
+    assert _extension.outdated() == ["libsana_ext_cuda.so"]
 
 
 WARNED = """
@@ -127,12 +164,9 @@ with warnings.catch_warnings(record=True) as caught:
     sana_ext.gated_residual(x, x, c)
 print(len(caught), caught[0].category.__name__, caught[0].message)
 """
-STEP = "sana_ext.optim.{}([torch.nn.Parameter(torch.ones(4096))]).step"
 FIRST = {
-    "op": "sana_ext.norm_modulate(x, c, c)",
     "threads": "",
     "compiled": "torch.compile(sana_ext.norm_modulate, fullgraph=True, backend='eager')(x, c, c)",
-    "optimizer": "p = torch.nn.Parameter(torch.ones(4096)); p.grad = p * 1; sana_ext.optim.AdamW8bit([p]).step()",
 }
 
 
@@ -191,8 +225,7 @@ done"""
 def test_a_folder_of_any_name_builds(tmp_path, name):
     folder = tmp_path / name
     copy_tree(folder / "checkout")
-    (folder / "checkout/setup.cfg").write_text("")
-    cxx = program(folder / "bin" / "my c++", COMPILER)
+    cxx = program(tmp_path / "my tools/c++", COMPILER)
     result = build(["build_ext"], folder, "cpu", cwd=folder / "checkout", CXX=str(cxx))
     assert result.returncode == 0, result.stderr + result.stdout
     built = {file.name for file in (folder / "lib/sana_ext").iterdir()}
