@@ -286,8 +286,8 @@ def install() -> str:
     shutil.rmtree(OUT / "fresh", ignore_errors=True)
     python = venv(OUT / "fresh", [], shares=True)
     # The isolated build takes the torch that is tested here, not the newest; both builds make the CPU library alone.
-    pinned = OUT / "constraint.txt"
-    pinned.write_text(f"torch=={run([PYTHON, '-c', 'import torch; print(torch.__version__)']).strip()}\n")
+    pinned, version = OUT / "constraint.txt", "from importlib.metadata import version; print(version('torch'))"
+    pinned.write_text(f"torch=={run([PYTHON, '-c', version]).strip()}\n")
     constraint = {"PIP_CONSTRAINT": str(pinned), "PIP_BUILD_CONSTRAINT": str(pinned)}
     env = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "SANA_EXT_BUILD": "cpu", **constraint}
     for command in readme_commands.install_commands():
