@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from test_growth import files_below, run_python, source
 
-from sana15 import checkpoint, files
+from sana15 import files
 from sana15.checkpoint import load_transformer, save_transformer
 from sana15.cli import main
 from sana15.files import DataError, read_json, staging
@@ -120,14 +120,14 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     """The old one is moved aside first; where the new one cannot take its place, it comes back."""
     save_transformer(source(), tmp_path / "dst")
     before = files_below(tmp_path)
-    rename = checkpoint.os.replace
+    rename = files.os.replace
 
     def failing(a, b):
         if b == tmp_path / "dst" and "partial" in str(a):
             raise OSError("no")
         rename(a, b)
 
-    monkeypatch.setattr(checkpoint.os, "replace", failing)
+    monkeypatch.setattr(files.os, "replace", failing)
     with pytest.raises(OSError, match="no"):
         save_transformer(source(3), tmp_path / "dst")
     assert files_below(tmp_path) == before

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import SanaConfig
-from .files import CODES, DataError, open_tensors, read_json, remove_tree, staging, stream_tensors
+from .files import CODES, DataError, open_tensors, read_json, replace_folder, staging, stream_tensors
 from .model import SanaTransformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -156,18 +154,7 @@ def write_folder(
         partial.mkdir()
         (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         _write_shards(weights, partial, dtype, shard_bytes)
-        if target.exists():  # moved aside first: at every moment one whole folder is there
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            os.replace(target, aside / target.name)
-            try:
-                os.replace(partial, target)
-            except OSError:
-                os.replace(aside / target.name, target)
-                aside.rmdir()
-                raise
-            remove_tree(aside)
-        else:
-            os.replace(partial, target)
+        replace_folder(partial, target)
 
 
 def _write_shards(weights: Weights, folder: Path, dtype: torch.dtype | None, shard_bytes: int | None) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -61,13 +61,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: stored.get_tensor(name) for name in names}
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file with the permissions that any new file gets; the library's own are for the owner alone."""
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     path.chmod(mode)
 
 
@@ -123,22 +123,110 @@ def staging(target: Path) -> Iterator[Path]:
     Hidden folders that killed runs left for this target are removed first; those of runs that are alive stay.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.partial-"
-    for left in target.parent.glob(f"{_literally(prefix)}*/lock"):
+    remove_left(target)
+    with _hidden(target, "partial") as root:
+        yield root / target.name
+
+
+def rename_durably(made: Path, target: Path) -> None:
+    """The folder gets its name when all of it is on the disk, and keeps it also when the machine loses power."""
+    for at, _, names in os.walk(made):
+        for path in (Path(at), *(Path(at, name) for name in names)):
+            if not path.is_symlink():
+                sync_folder(path)
+    os.replace(made, target)
+    sync_folder(target.parent)
+
+
+def replace_folder(made: Path, target: Path) -> None:
+    """`made` becomes `target`, on the disk; a folder that was there is moved aside first and then removed.
+
+    At every moment one whole folder is there: what a killed run left moved aside, remove_left brings back.
+    """
+    if not target.exists():
+        return rename_durably(made, target)
+    with _hidden(target, "old") as aside:
+        os.replace(target, aside / target.name)
         try:
-            with left.open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove_tree(left.parent)
-        except OSError:  # locked, somebody else's, or gone already
-            continue
-    root = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            rename_durably(made, target)
+        except OSError:
+            os.replace(aside / target.name, target)
+            raise
+
+
+def remove_left(target: Path) -> None:
+    """Removes the hidden folders that killed runs left beside the target; a target that was moved aside comes back.
+
+    Only folders with nothing in them but what is ours, of which nobody that is alive has the lock.
+    """
+    for kind in ("partial", "old"):
+        for root in target.parent.glob(f"{_literally(_prefix(target, kind))}*"):
+            try:
+                if root.is_symlink() or {p.name for p in root.iterdir()} - {target.name, LOCK, "unlocked"}:
+                    continue
+                if (lock := _locked(root)) is None:
+                    continue
+                with lock:
+                    if kind == "old" and (root / target.name).is_dir() and not target.exists():
+                        os.replace(root / target.name, target)
+                    _remove_hidden(root)
+            except OSError:  # somebody else's, or gone already
+                continue
+
+
+#: In every hidden folder; whoever holds it uses the folder. It is the first file to come and the last to go.
+LOCK = "lock"
+
+
+def _prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}-"
+
+
+@contextmanager
+def _hidden(target: Path, kind: str) -> Iterator[Path]:
+    """A new hidden folder beside the target, locked; removed at the end."""
+    lock = None
+    while lock is None:  # another run may take a folder that is not locked yet for one that was left, and remove it
+        root = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
+        try:
+            lock = _locked(root)
+        except OSError:  # a file system without locks
+            remove_tree(root)
+            raise
+    with lock:
+        try:
+            yield root
+        finally:
+            _remove_hidden(root)
+
+
+def _locked(root: Path) -> IO[str] | None:
+    """The open lock of a hidden folder, made where it is missing; None where somebody has it or the folder is gone."""
     try:
-        with (root / "unlocked").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            os.replace(root / "unlocked", root / "lock")  # the name appears locked
-            yield root / target.name
-    finally:
-        remove_tree(root)
+        lock = (root / LOCK).open("a")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), (root / LOCK).stat()):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        lock.close()
+        raise
+    lock.close()
+    return None
+
+
+def _remove_hidden(root: Path) -> None:
+    """The lock goes last: a removal that is cut short leaves a folder that the next run can tell from a living run's."""
+    for path in root.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    remove_tree(root)
 
 
 def _literally(name: str) -> str:
@@ -171,7 +259,7 @@ def write_durably(data: bytes, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the folder's new names durable."""
+    """Makes the folder's new names durable; or a file's content."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

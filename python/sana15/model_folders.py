@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from .checkpoint import Weight, Weights, folder_weights, require_fit, weight_files, write_folder
 from .config import SanaConfig
-from .files import make_writable, open_tensors, read_json, staging
+from .files import make_writable, open_tensors, read_json, rename_durably, staging
 from .release import parameter_shapes
 
 SETTINGS = "sana15.json"
@@ -103,7 +102,7 @@ class ModelFolder:
             (whole / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
             finished = finish(whole, made)
             self.check_target(target)  # another run may have been quicker
-            os.replace(finished, target)
+            rename_durably(finished, target)
 
 
 def reopening(folder: Path) -> dict[str, Weight]:

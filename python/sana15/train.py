@@ -12,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,10 +28,11 @@ import sana_ext.optim
 
 from .data import Batch, scene_batches
 from .device import resolved
-from .files import DataError
+from .files import DataError, replace_folder, staging, sync_folder, write_durably
 from .growth_training import set_learning_rates
+from .measuring import evaluating, unchanged
 from .soap import SOAP
-from .train_checkpoints import resume, save, take_over
+from .train_checkpoints import checkpoints, resume, save, take_over
 from .train_config import TrainConfig, load_config
 
 
@@ -69,6 +72,15 @@ class Average:
         module.load_state_dict(self.values)
         return before
 
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """The averaged weights are in the module; afterwards its own are."""
+        before = self.swap(module)
+        try:
+            yield
+        finally:
+            module.load_state_dict(before)
+
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / max(config.warmup, 1))
@@ -85,7 +97,7 @@ def train(config: TrainConfig) -> Path:
 
     out, device = Path(config.out), resolved(config.device)
     out.mkdir(parents=True, exist_ok=True)
-    _record_config(config, out)
+    _require_same_run(config, out)
     torch.manual_seed(config.seed)
     task = _task(config, device)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
@@ -95,7 +107,14 @@ def train(config: TrainConfig) -> Path:
     average.values = averaged or average.values
     if not first and isinstance(task, TransformerTask) and config.transformer.start_run:
         take_over(Path(config.transformer.start_run), config.optimizer, optimizer, task.growth_map)
+    _record_config(config, out)  # now that model, data and checkpoint are known to be good
     log = MetricsLog(out, first)
+
+    def sample(done: int) -> None:
+        log.write(done, _with_average(task, average, lambda: task.sample(out / "samples", done)))
+
+    if first and sample_is_due(config, first) and not log.has_sample:  # killed between checkpoint and sample
+        sample(first)
     bar = tqdm(total=config.steps, initial=first, desc=config.task, unit="step", disable=None)
     begin, seen = time.perf_counter(), 0
     total = torch.zeros((), device=device)
@@ -129,14 +148,32 @@ def train(config: TrainConfig) -> Path:
             begin, seen = time.perf_counter(), 0
             total.zero_()
         if done % config.save_every == 0 or done == config.steps:
+            log.sync()
             save(out, done, task.module, average.values, optimizer, config.keep)
-        if done % config.sample_every == 0 or done == config.steps:
-            log.write(done, _with_average(task, average, lambda done=done: task.sample(out / "samples", done)))
-            begin = time.perf_counter()
+        if sample_is_due(config, done):
+            paused = time.perf_counter()
+            sample(done)
+            begin += time.perf_counter() - paused  # images_per_s is training's alone
     bar.close()
     log.close()
-    _with_average(task, average, lambda: task.export(out / "export"))
+    export(task, average, out / "export")
     return out / "export"
+
+
+def sample_is_due(config: TrainConfig, done: int) -> bool:
+    """Whether a sample is taken when so many steps are done."""
+    return done % config.sample_every == 0 or done == config.steps
+
+
+def export(task: Task, average: Average, target: Path) -> None:
+    """The averaged weights as a model folder, which appears whole; files of others in a folder that is there stay in it."""
+    with staging(target) as made:
+        _with_average(task, average, lambda: task.export(made))
+        for path in target.iterdir() if target.is_dir() else ():
+            if not (made / path.name).exists():
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, made / path.name)
+        replace_folder(made, target)
 
 
 def make_optimizer(config: TrainConfig, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -161,44 +198,64 @@ def _task(config: TrainConfig, device: str) -> Task:
     return tasks[config.task](config, device)
 
 
-def _with_average(task: Task, average: Average, action: Any) -> Any:
-    """Runs `action` with the averaged weights in the module, in eval mode."""
-    before = average.swap(task.module)
-    task.module.eval()
-    try:
-        with torch.no_grad():
-            return action()
-    finally:
-        task.module.load_state_dict(before)
-        task.module.train()
+def _with_average(task: Task, average: Average, action: Callable[[], Any]) -> Any:
+    """Runs `action` with the averaged weights in the module, in eval mode; the training after it does not notice."""
+    with torch.no_grad(), unchanged(), average.applied(task.module), evaluating(task.module):
+        return action()
+
+
+def _require_same_run(config: TrainConfig, out: Path) -> None:
+    """ValueError for a folder that holds a run with another configuration (more steps are welcome)."""
+    path, values = out / "config.yaml", dataclasses.asdict(config)
+    if not path.exists() or not _holds_a_run(out):
+        return
+    before = dataclasses.asdict(load_config(path, []))  # options that came later take their defaults
+    free: tuple[str, ...] = ("steps", "log_every", "save_every", "keep", "workers", "device", "out")
+    free += ("sample_every", "sample_steps", "sample_guidance", "sample_guidance_interval")
+    before["transformer"]["compile"] = values["transformer"]["compile"]
+    changed = [k for k in values if k not in free and before[k] != values[k]]
+    if changed:
+        raise ValueError(f"{out} holds a run with another {', '.join(changed)}; choose another `out` or remove it")
+
+
+def _holds_a_run(out: Path) -> bool:
+    """Whether a run has left more here than its configuration; one that failed at its first step has not."""
+    metrics = out / METRICS
+    return bool(checkpoints(out)) or (out / "export").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _record_config(config: TrainConfig, out: Path) -> None:
-    """Writes config.yaml; refuses a folder that holds a run with another configuration (more steps are welcome)."""
-    path, values = out / "config.yaml", dataclasses.asdict(config)
-    if path.exists():
-        before = dataclasses.asdict(load_config(path, []))  # options that came later take their defaults
-        free: tuple[str, ...] = ("steps", "log_every", "save_every", "keep", "workers", "device", "out")
-        free += ("sample_every", "sample_steps", "sample_guidance", "sample_guidance_interval")
-        before["transformer"]["compile"] = values["transformer"]["compile"]
-        changed = [k for k in values if k not in free and before[k] != values[k]]
-        if changed:
-            raise ValueError(f"{out} holds a run with another {', '.join(changed)}; choose another `out` or remove it")
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    """config.yaml; and what a killed run was about to put in its place, or in that of the metrics, is removed."""
+    for name in ("config.yaml", METRICS):
+        for left in out.glob(f".{name}.*.partial"):
+            left.unlink(missing_ok=True)
+    write_durably(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode(), out / "config.yaml")
+
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """metrics.jsonl, and TensorBoard where it is installed. Lines past the resumed step are dropped: each step stands once."""
+    """metrics.jsonl, and TensorBoard where it is installed. Lines past the resumed step are dropped: each step stands once.
+
+    Attributes:
+        has_sample: whether the resumed step's sample has its line.
+    """
 
     def __init__(self, out: Path, first: int) -> None:
-        self.path = out / "metrics.jsonl"
+        self.path = out / METRICS
+        self.has_sample = False
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            before = self.path.read_bytes()
+            lines = [line for line in before.split(b"\n") if _step_of(line) <= first]
+            self.has_sample = any(_step_of(line) == first and b'"loss"' not in line for line in lines)
+            after = b"".join(line + b"\n" for line in lines)
+            if after != before:
+                write_durably(after, self.path)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=first)
+            self.board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
         except ImportError:
             self.board = None
 
@@ -209,13 +266,19 @@ class MetricsLog:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """What is written is on the disk: a checkpoint is not to outlive the metrics of its steps."""
+        if self.path.exists():
+            sync_folder(self.path)
+            sync_folder(self.path.parent)
+
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # a line cut off by a crash

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,9 @@ class AutoencoderTask:
         latents = torch.cat(
             [self.module.model.encode(SceneBatches(VALIDATION_SEED, 256, 2)[1].pictures.to(self.device)).latent]
         )
-        model = self.module.model
+        model = copy.deepcopy(self.module.model)  # what is trained keeps its precision and its factor
         model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         model.half().save_pretrained(_made(folder))
-        model.float()
 
 
 class TransformerTask:
@@ -111,7 +111,9 @@ class TransformerTask:
                 f"{folder} has {model.config.in_channels} latent channels, the autoencoder {self.autoencoder.channels}"
             )
         self.growth_map = recorded_map(folder, model.config.num_layers)
-        return text.train(), model.train()
+        if not self.config.text_encoder:
+            text.train()  # with the transformer; a given one stays as it is, in its mode too
+        return text, model.train()
 
     def groups(self) -> list[dict[str, Any]]:
         c = self.config
@@ -176,8 +178,7 @@ class TransformerTask:
         dtype = DTYPES[self.config.export]
         save_transformer(self.module["transformer"], _made(folder) / "transformer", dtype=dtype)
         self.module["text"].save(folder / "text_encoder")
-        self.autoencoder.model.half().save_pretrained(folder / "vae")
-        self.autoencoder.model.float()
+        copy.deepcopy(self.autoencoder.model).half().save_pretrained(folder / "vae")
         scheduler = {
             "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2,
             "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.config.flow_shift,
