@@ -1,6 +1,9 @@
 """Folders that appear whole: staging beside the target, killed and concurrent runs, read-only folders, names that are taken."""
 
+import os
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 from test_growth import files_below, run_python, source
@@ -48,6 +51,97 @@ def test_a_killed_runs_folder_is_removed_by_the_next_and_a_living_runs_stays(tmp
     finally:
         alive.kill()
         alive.communicate()
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("content", [(), ("unlocked",), ("dst",), ("dst", "lock"), ("dst", "unlocked")])
+@pytest.mark.parametrize("kind", ["partial", "old"])
+def test_a_left_folder_without_a_lock_is_removed(kind, content, tmp_path):
+    """Killed between mkdir and lock, or in the middle of its removal."""
+    (tmp_path / "dst").mkdir()
+    left = Path(tempfile.mkdtemp(prefix=f".dst.{kind}-", dir=tmp_path))
+    for name in content:
+        (left / name).mkdir() if name == "dst" else (left / name).touch()
+    with staging(tmp_path / "dst") as folder:
+        assert names_in(tmp_path) == [folder.parent.name, "dst"]
+    assert names_in(tmp_path) == ["dst"]
+
+
+def test_a_living_run_whose_folder_has_no_lock_yet_takes_another(tmp_path, monkeypatch):
+    """Another run comes between its mkdir and its lock, or holds what it has just made."""
+    made, mkdtemp = [], tempfile.mkdtemp
+
+    def slow(**arguments):
+        root = mkdtemp(**arguments)
+        made.append(root)
+        if len(made) == 1:
+            files.remove_left(tmp_path / "dst")  # as another run does
+            assert not os.path.exists(root)
+        if len(made) == 2:  # another run is about to remove it
+            held.append(files._locked(Path(root)))
+        return root
+
+    held = []
+    monkeypatch.setattr(tempfile, "mkdtemp", slow)
+    with staging(tmp_path / "dst") as folder:
+        assert len(made) == 3
+        assert folder.parent == Path(made[2])
+        files.remove_left(tmp_path / "dst")
+        assert folder.parent.is_dir()
+    held[0].close()
+    files.remove_left(tmp_path / "dst")
+    assert names_in(tmp_path) == []
+
+
+def test_a_folder_that_a_killed_run_had_moved_aside_comes_back(tmp_path):
+    """Killed between the two renames of a replacement."""
+    target = tmp_path / "dst"
+    save_transformer(source(), target)
+    before = files_below(target)
+    kill = """
+import os, signal, sys
+from pathlib import Path
+from sana15 import files
+replace = os.replace
+def killing(a, b):
+    if str(b) == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(a, b)
+os.replace = killing
+with files.staging(Path(sys.argv[1])) as made:
+    made.mkdir()
+    files.replace_folder(made, Path(sys.argv[1]))
+"""
+    run_python(kill, target).communicate()
+    assert not target.exists()
+    with staging(target):
+        assert files_below(target) == before
+    assert names_in(tmp_path) == ["dst"]
+
+
+def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def renamed(a, b):
+        events.append(f"-> {os.path.basename(b)}")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    save_transformer(source(), tmp_path / "src")
+    grow_folder(tmp_path / "src", tmp_path / "dst", layers=4)
+    for name, more in (("src", []), ("dst", ["sana15.json"])):
+        at = events.index(f"-> {name}")
+        assert {name, "config.json", "diffusion_pytorch_model.safetensors", *more} <= set(events[:at])
+        assert events[at + 1] == tmp_path.name
+        del events[: at + 1]
 
 
 def test_names_like_those_of_a_staging_folder_are_nobodys_business(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import flow
+from .measuring import evaluating
 from .model import SanaTransformer
 
 VELOCITY = 0.1  # weight of the velocity's distance beside the features'
@@ -48,7 +50,8 @@ class Distillation:
     distillation fits those.
 
     Args:
-        student: the pruned model; it is given hooks. teacher: its source. kept: the teacher's blocks in the student.
+        student: the pruned model. teacher: its source. Both are given hooks, and the teacher is in eval mode and learns
+            nothing, until close. kept: the teacher's blocks in the student.
     """
 
     def __init__(self, student: SanaTransformer, teacher: SanaTransformer, kept: Sequence[int]) -> None:
@@ -57,19 +60,36 @@ class Distillation:
             raise ValueError("the kept blocks are not those of a model pruned from this teacher")
         if student.config.width != teacher.config.width:
             raise ValueError(f"the teacher's width is {teacher.config.width}, the model's {student.config.width}")
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = teacher
+        self._undo = ExitStack()
+        self._undo.enter_context(evaluating(teacher))
+        for parameter in teacher.parameters():
+            self._undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.velocity = torch.empty(0)
         self.student_features: list[torch.Tensor] = []
         self.teacher_features: list[torch.Tensor] = []
-        student.register_forward_pre_hook(self._begin, with_kwargs=True)
-        student.register_forward_hook(lambda _, inputs, output: setattr(self, "velocity", output))
+        hooks = [
+            student.register_forward_pre_hook(self._begin, with_kwargs=True),
+            student.register_forward_hook(lambda _, inputs, output: setattr(self, "velocity", output)),
+        ]
         for block in student.transformer_blocks:
-            block.register_forward_hook(lambda _, inputs, outputs: self.student_features.append(outputs[0]))
-        for i in counterparts(kept, teacher.config.num_layers):
-            teacher.transformer_blocks[i].register_forward_hook(
-                lambda _, inputs, outputs: self.teacher_features.append(outputs[0])
+            hooks.append(
+                block.register_forward_hook(lambda _, inputs, outputs: self.student_features.append(outputs[0]))
             )
+        for i in counterparts(kept, teacher.config.num_layers):
+            hooks.append(
+                teacher.transformer_blocks[i].register_forward_hook(
+                    lambda _, inputs, outputs: self.teacher_features.append(outputs[0])
+                )
+            )
+        for hook in hooks:
+            self._undo.callback(hook.remove)
+
+    def close(self) -> None:
+        """Both models are as they were before, without hooks; the teacher's modes and requires_grad are its own again."""
+        self._undo.close()
 
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.inputs = (inputs, named)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .files import DataError
+from .files import DataError, rename_durably, staging
 from .geneval import candidates, prompt_folders, read_metadata
 from .pictures import read_png
 from .scenes.checker import check_batch
@@ -225,13 +224,10 @@ def export(
     if final.exists():
         raise ValueError(f"{final} is there already; choose another folder")
     shown = read_folder(Path(source), TILES if name == "dpg" else 1)
-    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with staging(final) as partial:
+        partial.mkdir()
         words = FORMATS[name](shown, partial, final, None if prompts is None else Path(prompts), rule)
-        os.rename(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        rename_durably(partial, final)
     return words
 
 

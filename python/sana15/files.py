@@ -62,13 +62,26 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the permissions that any new file gets; the library's own are for the owner alone."""
+    """A safetensors file with the permissions that any new file gets; the library's own are for the owner alone.
+
+    It is there, whole and on the disk, or not at all.
+    """
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-    path.chmod(mode)
+    with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(tensors, partial, metadata={"format": "pt", **(metadata or {})})
+        partial.chmod(mode)
+        sync_folder(partial)
+    sync_folder(path.parent)
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], whose: str, consequence: str) -> None:
+    """DataError that names the first tensor with a NaN or an Inf, whose it is and what follows."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise DataError(f"{whose}: {name} is not finite (NaN or Inf); {consequence}")
 
 
 def stream_tensors(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from . import flow
 from .guidance import GuidedVelocity
+from .measuring import evaluating
 from .sampling import Item, Sampling, Seed, noise
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ class PipelineGenerator:
     def start(self, prompts: Sequence[str], seeds: Sequence[Seed]) -> FlowState:
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"{len(prompts)} prompts need as many seeds, at least one; got {len(seeds)}")
-        velocity = self.pipe.guided_velocity(list(prompts), self.settings.negative_prompt, self.guidance)
+        with evaluating(*self.pipe.parts):
+            velocity = self.pipe.guided_velocity(list(prompts), self.settings.negative_prompt, self.guidance)
         noises = torch.stack([noise(*seed, self.shape) for seed in seeds])
         return FlowState(flow.SamplerState(noises.to(self.pipe.device)), velocity)
 
@@ -135,10 +137,11 @@ class PipelineGenerator:
         sampler, velocity = state.sampler, state.velocity
         if not sampler.step <= to_step <= self.steps:
             raise ValueError(f"to_step must be from {sampler.step} to {self.steps}, got {to_step}")
-        while sampler.step < to_step and len(sampler.latents):
-            i = sampler.step
-            v = velocity(sampler.latents, self.plan.timesteps[i], self.guides[i])
-            sampler = flow.advance(sampler, v, self.plan)
+        with evaluating(self.pipe.transformer):
+            while sampler.step < to_step and len(sampler.latents):
+                i = sampler.step
+                v = velocity(sampler.latents, self.plan.timesteps[i], self.guides[i])
+                sampler = flow.advance(sampler, v, self.plan)
         return FlowState(sampler, velocity)
 
     def preview(self, state: FlowState) -> list[Image.Image]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from tqdm import tqdm
 
 from .checkpoint import load_transformer, save_transformer
 from .distillation import Distillation, training_loss
-from .files import DTYPES
+from .files import DTYPES, require_finite
 from .growth_training import set_learning_rates
 from .healing import CAPTION_DROP, LARGE_OPTIMIZER, Healing, dtype_name, kept_of, training_of
+from .measuring import evaluating
 from .pipeline import Pipeline
 from .text import MiniTextEncoder
 from .trajectory import CalibrationBatch
@@ -56,7 +58,7 @@ def heal_on_samples(folder: Path, pipe: Pipeline, samples: Samples, healing: Hea
         healing: see Healing.of_model and for_kept, which have been asked.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: the loss is not finite, or a healed weight is not (DataError); the folder stays as it was.
     """
     from .train import Average, learning_rate, make_optimizer
 
@@ -67,31 +69,35 @@ def heal_on_samples(folder: Path, pipe: Pipeline, samples: Samples, healing: Hea
     distillation = Distillation(student, pipe.transformer, kept_of(folder)) if healing.distill else None
     parameters = list(student.parameters())
     optimizer, average = make_optimizer(config, [{"params": parameters}]), Average(student, config.ema)
-    batches = _Batches(pipe, samples, config.batch_size, healing.noises)
-    for step in tqdm(range(config.steps), desc="healing", unit="step", disable=None):
-        rate = learning_rate(config, step)
-        set_learning_rates(optimizer, rate, step)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        x0, text, mask = batches.draw(generator)
+    with ExitStack() as undo:
+        if distillation is not None:
+            undo.callback(distillation.close)  # the source is the caller's
+        batches = _Batches(pipe, samples, config.batch_size, healing.noises)
+        for step in tqdm(range(config.steps), desc="healing", unit="step", disable=None):
+            rate = learning_rate(config, step)
+            set_learning_rates(optimizer, rate, step)
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            x0, text, mask = batches.draw(generator)
 
-        def denoise(
-            x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text, mask: torch.Tensor = mask
-        ) -> torch.Tensor:
-            return student(x, text, t * pipe.config.timestep_scale, mask)
+            def denoise(
+                x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text, mask: torch.Tensor = mask
+            ) -> torch.Tensor:
+                return student(x, text, t * pipe.config.timestep_scale, mask)
 
-        with torch.autocast(pipe.device.type, torch.bfloat16):
-            loss = training_loss(
-                denoise, x0, generator, flow_shift=pipe.flow_shift, stratified=True,
-                flow_weight=0.0 if healing.distill else 1.0, distillation=distillation, distill=healing.distill,
-            )  # fmt: skip
-        if not loss.isfinite():
-            raise ValueError(f"the loss is {loss.item()} at step {step + 1}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(student, step)
+            with torch.autocast(pipe.device.type, torch.bfloat16):
+                loss = training_loss(
+                    denoise, x0, generator, flow_shift=pipe.flow_shift, stratified=True,
+                    flow_weight=0.0 if healing.distill else 1.0, distillation=distillation, distill=healing.distill,
+                )  # fmt: skip
+            if not loss.isfinite():
+                raise ValueError(f"the loss is {loss.item()} at step {step + 1}")
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(student, step)
     average.swap(student)
+    require_finite(student.state_dict(), f"after {config.steps} steps of healing", "the healed model is not written")
     dtype = DTYPES[dtype_name(folder / "transformer")]
     shutil.rmtree(folder / "transformer")
     save_transformer(student, folder / "transformer", dtype=dtype)
@@ -102,7 +108,7 @@ class _Batches:
 
     def __init__(self, pipe: Pipeline, samples: Samples, count: int, noises: int) -> None:
         self.samples, self.count, self.noises, self.device = samples, count, noises, pipe.device
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(*pipe.parts):
             null, mask = pipe.text.encode([""], negative=True)
         self.null = (null[0].to("cpu", samples.text[0].dtype), mask[0].cpu())
 

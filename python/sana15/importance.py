@@ -22,6 +22,7 @@ import sana_ext
 
 from . import flow
 from .files import DataError, read_json, replacing
+from .measuring import evaluating
 from .model import Block, SanaTransformer
 from .trajectory import CalibrationBatch
 
@@ -120,13 +121,14 @@ class _Prefix(nn.Module):
 
 @torch.no_grad()
 def batch_loss(model: SanaTransformer, batch: CalibrationBatch) -> torch.Tensor:
-    """[B] flow loss of the batch's pictures at its noise level."""
+    """[B] flow loss of the batch's pictures at its noise level, the model in eval mode."""
     dtype = model.proj_out.weight.dtype
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return model(x.to(dtype), batch.text.to(dtype), t * model.config.timestep_scale, batch.mask)
 
-    return flow.loss(velocity, batch.x0, batch.noise, batch.sigmas)
+    with evaluating(model):
+        return flow.loss(velocity, batch.x0, batch.noise, batch.sigmas)
 
 
 @torch.no_grad()
@@ -152,19 +154,15 @@ def block_importance(
     L = model.config.num_layers
     cosine, change = torch.zeros(2, L, bins, dtype=torch.float64)
     whole, count = torch.zeros(2, bins, dtype=torch.float64)
-    training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            where = min(int(batch.sigma * bins), bins - 1)
-            count[where] += len(batch)
+    for batch in batches:
+        where = min(int(batch.sigma * bins), bins - 1)
+        count[where] += len(batch)
+        with evaluating(model):
             cosine[:, where] += _cosines(model, batch)
             if loss:
                 base, without = _losses(model, batch)
                 whole[where] += base
                 change[:, where] += without - base
-    finally:
-        model.train(training)
     if not count.any():
         raise ValueError("block importance needs at least one calibration batch")
     if not (cosine.isfinite().all() and change.isfinite().all()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from .config import SanaConfig
 from .files import DataError, read_json
 from .generator import PipelineGenerator
 from .guidance import GuidedVelocity, stack
+from .measuring import evaluating
 from .model import SanaTransformer
 from .sampling import Item, Sampling, Seed, is_finite, is_interval
 from .sampling import noise as noise  # of the public names here
@@ -85,9 +87,14 @@ class Pipeline:
         return pipe.to(device)
 
     def to(self, device: str | torch.device) -> Pipeline:
-        for part in (self.transformer, self.autoencoder, getattr(self.text, "model", self.text)):
-            part.to(device)  # type: ignore[union-attr]
+        for part in self.parts:
+            part.to(device)
         return self
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The modules: transformer, autoencoder, and the text encoder's."""
+        return self.transformer, self.autoencoder, getattr(self.text, "model", self.text)
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +155,7 @@ class Pipeline:
         batch_size: int | None = None,
         callback: Callable[[int, int], None] | None = None,
     ) -> list[list[Image.Image]]:
-        """Pictures for each prompt.
+        """Pictures for each prompt. Modules in training mode are asked in eval mode, and have their modes back afterwards.
 
         Args:
             prompts: one prompt or several; the empty prompt is allowed and means "anything".
@@ -229,7 +236,8 @@ class Pipeline:
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         if not len(latents):
             return []
-        pictures = self.autoencoder.decode(latents.float())
+        with evaluating(self.autoencoder):
+            pictures = self.autoencoder.decode(latents.float())
         values = (pictures.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(v) for v in values]
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .files import DataError, read_json, read_tensors, write_tensors
+from .files import DataError, read_json, read_tensors, require_finite, write_durably, write_tensors
+from .measuring import evaluating
 from .redaction import said
 
 SELECTED_TOKENS = 300  # what the transformer sees: the first token and the last 299
@@ -51,7 +52,7 @@ class GemmaTextEncoder:
     """Gemma-2's last hidden states (arXiv:2410.10629 section 2.3): instruction + prompt, right-padded, 300 tokens kept."""
 
     def __init__(self, model: Any, tokenizer: Any, instruction: str | None = None) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.tokenizer.padding_side = "right"
         self.width = model.config.hidden_size
         self.instruction = complex_human_instruction() if instruction is None else instruction
@@ -99,7 +100,8 @@ class GemmaTextEncoder:
             add_special_tokens=True,
             return_tensors="pt",
         ).to(self.model.device)
-        hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        with evaluating(self.model):
+            hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         keep = [0, *range(-SELECTED_TOKENS + 1, 0)]
         return hidden[:, keep], tokens.attention_mask[:, keep]
 
@@ -157,14 +159,17 @@ class MiniTextEncoder(nn.Module):
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         config = {"vocabulary": self.vocabulary, "width": self.width, "heads": self.heads, "passes": self.passes}
-        (root / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        write_tensors({k: v.half().contiguous() for k, v in self.state_dict().items()}, root / "model.safetensors")
+        write_durably((json.dumps(config, indent=1) + "\n").encode(), root / "config.json")
+        tensors = {k: v.half().contiguous() for k, v in self.state_dict().items()}
+        require_finite(tensors, str(root), "the text encoder is not written")
+        write_tensors(tensors, root / "model.safetensors")
 
     @staticmethod
     def load(folder: str | Path) -> MiniTextEncoder:
         root = Path(folder)
         try:
-            encoder = MiniTextEncoder(**read_json(root / "config.json"))
+            with torch.random.fork_rng(devices=[]):  # reading is no draw
+                encoder = MiniTextEncoder(**read_json(root / "config.json"))
             encoder.load_state_dict({k: v.float() for k, v in read_tensors(root / "model.safetensors").items()})
         except (TypeError, RuntimeError) as error:
             raise DataError(f"{root} does not fit its config: {' '.join(str(error).split())}") from None

@@ -32,7 +32,7 @@ from .files import DataError, replace_folder, staging, sync_folder, write_durabl
 from .growth_training import set_learning_rates
 from .measuring import evaluating, unchanged
 from .soap import SOAP
-from .train_checkpoints import checkpoints, resume, save, take_over
+from .train_checkpoints import checkpoints, remove_old, resume, save, take_over
 from .train_config import TrainConfig, load_config
 
 
@@ -105,6 +105,7 @@ def train(config: TrainConfig) -> Path:
     average = Average(task.module, config.ema)
     first, averaged = resume(out, task.module, optimizer)
     average.values = averaged or average.values
+    remove_old(out, first, config.keep)  # as the run would have done that was killed
     if not first and isinstance(task, TransformerTask) and config.transformer.start_run:
         take_over(Path(config.transformer.start_run), config.optimizer, optimizer, task.growth_map)
     _record_config(config, out)  # now that model, data and checkpoint are known to be good
@@ -121,7 +122,9 @@ def train(config: TrainConfig) -> Path:
     for batch in scene_batches(config.seed, config.batch_size, first, config.steps, config.workers):
         step = batch.step
         set_learning_rates(optimizer, learning_rate(config, step), step)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        own_seed = config.seed * 1_000_003 + step
+        torch.manual_seed(own_seed)  # of a module that draws, such as dropout: a resumed run draws the same
+        generator = torch.Generator().manual_seed(own_seed)
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = task.loss(batch, generator)
         loss.backward()

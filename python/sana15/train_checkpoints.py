@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .checkpoint import file_weights
-from .files import DataError, open_tensors, remove_left, replace_folder, staging, write_tensors
+from .files import DataError, open_tensors, remove_left, replace_folder, require_finite, staging, write_tensors
 from .growth_training import NAME, grow_optimizer_state, source_name
 from .train_config import load_config
 
@@ -63,7 +63,7 @@ def save(
                 about["names"] = json.dumps(names)
             write_tensors(tensors, partial / f"{file}.safetensors", about)
         replace_folder(partial, target)
-    _remove_old({s: folder for s, folder in checkpoints(out).items() if s <= step}, keep)
+    remove_old(out, step, keep)
 
 
 def resume(out: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, Tensors]:
@@ -86,13 +86,6 @@ def resume(out: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     return step, {k: v.to(device) for k, v in stored["average"].items()}
 
 
-def require_finite(tensors: Mapping[str, torch.Tensor], whose: str, consequence: str) -> None:
-    """DataError that names the first tensor with a NaN or an Inf, whose it is and what follows."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise DataError(f"{whose}: {name} is not finite (NaN or Inf); {consequence}")
-
-
 def _newest(out: Path, module: nn.Module | None, parameters: int | None) -> tuple[int, Path, dict[str, Tensors]] | None:
     """Step, folder and files of the newest checkpoint that is whole; a line on stderr for each that is passed over.
 
@@ -110,8 +103,8 @@ def _newest(out: Path, module: nn.Module | None, parameters: int | None) -> tupl
         except DataError as error:
             trouble.append((folder, error))
             continue
-        for passed, error in trouble:
-            print(f"warning: {passed} is passed over for {folder.name}: {_line(error)}", file=sys.stderr)
+        for passed, why in trouble:
+            print(f"warning: {passed} is passed over for {folder.name}: {_line(why)}", file=sys.stderr)
         return step, folder, stored
     if trouble:
         raise DataError(f"{out} has no whole checkpoint ({len(trouble)} tried); the newest: {_line(trouble[0][1])}")
@@ -136,9 +129,7 @@ def _read(path: Path, step: int) -> Tensors:
     return tensors
 
 
-def _require_fit(
-    folder: Path, stored: dict[str, Tensors], module: nn.Module | None, parameters: int | None
-) -> None:
+def _require_fit(folder: Path, stored: dict[str, Tensors], module: nn.Module | None, parameters: int | None) -> None:
     """DataError where the tensors are not those of the module, or states are of no parameter of the optimizer."""
     if module is not None:
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -153,11 +144,15 @@ def _require_fit(
             raise DataError(f"{folder / 'optimizer.safetensors'} has a state {key!r} of no parameter")
 
 
-def _remove_old(found: dict[int, Path], keep: int) -> None:
-    """Removes what is older than the newest `keep` whole ones. Each loses its name first: a killed run leaves no half of one."""
-    whole = [step for step, folder in found.items() if _looks_whole(folder)]
-    for step, folder in found.items():
-        if step < min(whole[-keep:], default=0):
+def remove_old(out: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to a step, removes what is older than the newest `keep` whole ones; nothing where there are fewer.
+
+    Each loses its name first: a killed run leaves no half of one.
+    """
+    found = {s: folder for s, folder in checkpoints(out).items() if s <= step}
+    whole = [at for at, folder in found.items() if _looks_whole(folder)]
+    for at, folder in found.items():
+        if len(whole) >= keep and at < whole[-keep]:
             with staging(folder) as away:
                 folder.rename(away)
 
@@ -190,7 +185,9 @@ def _line(error: Exception) -> str:
 def _flat(optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's states as one mapping: "3.exp_avg" is parameter 3's."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
+    }
 
 
 def _names(optimizer: torch.optim.Optimizer) -> list[str] | None:

@@ -13,6 +13,8 @@ import yaml
 from .device import DEVICES
 from .files import DTYPES
 
+MOST_STEPS = 99_999_999  # a checkpoint's name has eight digits
+
 
 @dataclass
 class TransformerConfig:
@@ -118,6 +120,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep", "sample_every", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, got {self.steps}")
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import flow
+from .measuring import evaluating
 from .pipeline import Pipeline, Sampling, noise
 from .text import MiniTextEncoder
 
@@ -98,33 +100,48 @@ def _chunks(
     shape: tuple[int, int, int],
     size: int,
 ) -> Iterator[CalibrationBatch]:
+    for chunk, first in enumerate(range(0, len(prompts), size)):
+        numbers = range(first, min(first + size, len(prompts)))
+        with evaluating(*pipe.parts):  # not while the caller has a batch
+            state, path, fresh, text, mask = _sampled(pipe, prompts, numbers, settings, plan, at, shape)
+        for i, sigma, latents, given, t in path:
+            yield CalibrationBatch(latents, given, t, text, mask, state.latents, fresh, sigma, i, chunk)
+
+
+def _sampled(
+    pipe: Pipeline,
+    prompts: list[str],
+    numbers: range,
+    settings: Sampling,
+    plan: flow.Schedule,
+    at: Sequence[int],
+    shape: tuple[int, int, int],
+) -> tuple[flow.SamplerState, list[tuple[Any, ...]], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of one chunk: the end, (step, sigma, latents, velocity, timestep) on the way, fresh noise, text features and mask."""
     model, device = pipe.transformer, pipe.device
     dtype = model.proj_out.weight.dtype
     guidance, interval = pipe.guidance_of(settings)
-    for chunk, first in enumerate(range(0, len(prompts), size)):
-        numbers = range(first, min(first + size, len(prompts)))
-        text, mask = _encoded(pipe, [prompts[i] for i in numbers], dtype)
-        null, null_mask = _encoded(pipe, [""], dtype, negative=True)
+    text, mask = _encoded(pipe, [prompts[i] for i in numbers], dtype)
+    null, null_mask = _encoded(pipe, [""], dtype, negative=True)
 
-        def velocity(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            B = len(x)
-            return model(x.to(dtype), text.expand(B, -1, -1), t, mask.expand(B, -1)).float()
+    def velocity(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        B = len(x)
+        return model(x.to(dtype), text.expand(B, -1, -1), t, mask.expand(B, -1)).float()
 
-        state = flow.SamplerState(torch.stack([noise(settings.seed, i, 0, shape) for i in numbers]).to(device))
-        fresh = torch.stack([noise(settings.seed, i, FRESH, shape) for i in numbers]).to(device)
-        path = []
-        for i, sigma in enumerate(plan.sigmas[:-1]):
-            t = torch.full((len(numbers),), plan.timesteps[i] * pipe.config.timestep_scale, device=device)
-            given = velocity(state.latents, t, text, mask)
-            if i in at:
-                path.append((i, sigma, state.latents, given, t))
-            if flow.guidance_is_on(sigma, guidance, interval):
-                steered = flow.guided(given, velocity(state.latents, t, null, null_mask), guidance)
-            else:
-                steered = given
-            state = flow.advance(state, steered, plan)
-        for i, sigma, latents, given, t in path:
-            yield CalibrationBatch(latents, given, t, text, mask, state.latents, fresh, sigma, i, chunk)
+    state = flow.SamplerState(torch.stack([noise(settings.seed, i, 0, shape) for i in numbers]).to(device))
+    fresh = torch.stack([noise(settings.seed, i, FRESH, shape) for i in numbers]).to(device)
+    path = []
+    for i, sigma in enumerate(plan.sigmas[:-1]):
+        t = torch.full((len(numbers),), plan.timesteps[i] * pipe.config.timestep_scale, device=device)
+        given = velocity(state.latents, t, text, mask)
+        if i in at:
+            path.append((i, sigma, state.latents, given, t))
+        if flow.guidance_is_on(sigma, guidance, interval):
+            steered = flow.guided(given, velocity(state.latents, t, null, null_mask), guidance)
+        else:
+            steered = given
+        state = flow.advance(state, steered, plan)
+    return state, path, fresh, text, mask
 
 
 def _encoded(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from ..files import DataError, read_json, read_tensors, write_tensors
+from ..files import DataError, read_json, read_tensors, require_finite, write_durably, write_tensors
 from ..scenes.vocabulary import COLOR_NAMES, IMAGE_SIZE, SHAPES
 from .base import Verdict
 from .scene import scene_line
@@ -162,7 +162,8 @@ class LearnedJudge:
             raise FileNotFoundError(f"{root} holds no learned judge; {how}")
         values = read_json(root / "config.json")
         try:
-            network = Detector(int(values["width"]), int(values["blocks"]))
+            with torch.random.fork_rng(devices=[]):  # reading is no draw
+                network = Detector(int(values["width"]), int(values["blocks"]))
             network.load_state_dict({k: v.float() for k, v in read_tensors(root / "model.safetensors").items()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{root} does not fit its config: {' '.join(str(error).split())[:200]}") from None
@@ -175,10 +176,10 @@ class LearnedJudge:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         config = {"width": self.network.width, "blocks": self.network.blocks, "training": self.training}
-        write_tensors(
-            {k: v.half().contiguous() for k, v in self.network.state_dict().items()}, root / "model.safetensors"
-        )
-        (root / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        tensors = {k: v.half().contiguous() for k, v in self.network.state_dict().items()}
+        require_finite(tensors, str(root), "the judge is not written")
+        write_tensors(tensors, root / "model.safetensors")
+        write_durably((json.dumps(config, indent=1) + "\n").encode(), root / "config.json")
 
     def identity(self) -> dict[str, Any]:
         import hashlib
