@@ -274,6 +274,26 @@ def test_the_configuration_is_never_half_written(tmp_path, monkeypatch):
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+def test_a_configuration_that_an_older_version_left_half_written_does_not_stop_the_same_command(tmp_path):
+    train(options(tmp_path))
+    path = tmp_path / "config.yaml"
+    whole = path.read_text()
+    for size in (0, len(whole) // 2):
+        path.write_text(whole[:size])
+        train(options(tmp_path))
+        assert path.read_text() == whole
+    path.write_text(whole.replace("seed: 0", "seed: 1"))
+    with pytest.raises(ValueError, match="run with another seed"):
+        train(options(tmp_path))
+
+
+def test_a_file_called_export_stays(tmp_path):
+    (tmp_path / "export").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="export is a file"):
+        train(options(tmp_path))
+    assert (tmp_path / "export").read_text() == "mine"
+
+
 def test_tensorboard_still_shows_the_step_that_was_resumed(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

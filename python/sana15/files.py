@@ -155,9 +155,14 @@ def replace_folder(made: Path, target: Path) -> None:
     """`made` becomes `target`, on the disk; a folder that was there is moved aside first and then removed.
 
     At every moment one whole folder is there: what a killed run left moved aside, remove_left brings back.
+
+    Raises:
+        NotADirectoryError: the target is a file.
     """
     if not target.exists():
         return rename_durably(made, target)
+    if not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file, not a folder")
     with _hidden(target, "old") as aside:
         os.replace(target, aside / target.name)
         try:

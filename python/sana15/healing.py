@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch import nn
 from . import flow
 from .checkpoint import folder_weights
 from .distillation import counterparts
-from .files import DTYPES, DataError
+from .files import DTYPES, DataError, replace_folder
 from .model import SanaTransformer
 from .model_folders import SETTINGS, ModelFolder
 from .sampling import check_training_seed
@@ -181,8 +180,7 @@ def heal_on_scenes(folder: Path, teacher: Path, healing: Healing, device: str = 
             healing, "soap", out=run, device=device, save_every=healing.steps, keep=1, sample_every=healing.steps + 1,
             sample_steps=1, transformer=transformer,
         ))  # fmt: skip
-        shutil.rmtree(folder / "transformer")
-        shutil.move(made / "transformer", folder / "transformer")
+        replace_folder(made / "transformer", folder / "transformer")
 
 
 def training_of(healing: Healing, optimizer: str, **others: Any) -> TrainConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -99,7 +98,6 @@ def heal_on_samples(folder: Path, pipe: Pipeline, samples: Samples, healing: Hea
     average.swap(student)
     require_finite(student.state_dict(), f"after {config.steps} steps of healing", "the healed model is not written")
     dtype = DTYPES[dtype_name(folder / "transformer")]
-    shutil.rmtree(folder / "transformer")
     save_transformer(student, folder / "transformer", dtype=dtype)
 
 

@@ -174,8 +174,10 @@ def export(task: Task, average: Average, target: Path) -> None:
         _with_average(task, average, lambda: task.export(made))
         for path in target.iterdir() if target.is_dir() else ():
             if not (made / path.name).exists():
-                copy = shutil.copytree if path.is_dir() else shutil.copy2
-                copy(path, made / path.name)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.copytree(path, made / path.name, symlinks=True)
+                else:
+                    shutil.copy2(path, made / path.name, follow_symlinks=False)
         replace_folder(made, target)
 
 
@@ -210,8 +212,8 @@ def _with_average(task: Task, average: Average, action: Callable[[], Any]) -> An
 def _require_same_run(config: TrainConfig, out: Path) -> None:
     """ValueError for a folder that holds a run with another configuration (more steps are welcome)."""
     path, values = out / "config.yaml", dataclasses.asdict(config)
-    if not path.exists() or not _holds_a_run(out):
-        return
+    if not path.exists() or not _holds_a_run(out) or _text_of(config).startswith(path.read_text(errors="replace")):
+        return  # the same; or the start of the same, as older versions left it when they were killed
     before = dataclasses.asdict(load_config(path, []))  # options that came later take their defaults
     free: tuple[str, ...] = ("steps", "log_every", "save_every", "keep", "workers", "device", "out")
     free += ("sample_every", "sample_steps", "sample_guidance", "sample_guidance_interval")
@@ -227,12 +229,16 @@ def _holds_a_run(out: Path) -> bool:
     return bool(checkpoints(out)) or (out / "export").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
+def _text_of(config: TrainConfig) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
 def _record_config(config: TrainConfig, out: Path) -> None:
     """config.yaml; and what a killed run was about to put in its place, or in that of the metrics, is removed."""
     for name in ("config.yaml", METRICS):
         for left in out.glob(f".{name}.*.partial"):
             left.unlink(missing_ok=True)
-    write_durably(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode(), out / "config.yaml")
+    write_durably(_text_of(config).encode(), out / "config.yaml")
 
 
 METRICS = "metrics.jsonl"
