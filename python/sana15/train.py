@@ -3,8 +3,9 @@
     sana15 train configs/mini_autoencoder.yaml
     sana15 train configs/mini.yaml
 
-Run the same command again to resume: the newest complete checkpoint in `out` is taken up, and batches, noise and dropped
-captions depend on (seed, step) only, so an interrupted run ends with the same weights as an uninterrupted one.
+Run the same command again to resume: the newest whole checkpoint in `out` is taken up (a damaged one is passed over), and
+batches, noise and dropped captions depend on (seed, step) only, so a run that was killed at any moment ends with the same
+weights, metrics and samples as an uninterrupted one, whenever samples are taken.
 """
 
 from __future__ import annotations
