@@ -18,7 +18,7 @@ FLOORS = (
 )
 # Where the modules that still lie flat in python/sana15 belong; a line goes when its module moves.
 HOME = {
-    "storage": "files pictures checkpoint redaction",
+    "storage": "files pictures checkpoint redaction measuring",
     "device": "device",
     "model": "config model text autoencoder model_folders release position_table",
     "sampling": "flow sampling schedulers guidance generator pipeline foreign",
