@@ -23,8 +23,8 @@ from torch import nn
 from . import _guards as guards
 from . import _packed as packing
 from . import _text_cache as text_cache
+from ._plain import Operand, child, leaf_reason, operand_of, parameter
 from ._reversible import Reversible
-from .ops._arithmetic import autocast_dtype
 from .ops.cross_attention import cross_attention
 from .ops.glumbconv import glumbconv
 from .ops.linear import linear
@@ -66,14 +66,13 @@ class FusedBlock(Reversible):
         x = hidden_states
         device = x.device.type
         parts = guards.compiled_parts.get((device, torch.is_grad_enabled()), ())
-        autocast = autocast_dtype(x.device) if parts else None
-        operand = guards.Operand(x.device, x.dtype, autocast)
+        operand = operand_of(x) if parts else Operand(x.device, x.dtype, None)
         reason = guards.block_reason(self, x, operand, parts)
         if reason or timestep is None:
             if reason:
                 _say("a block", reason)
             return super().forward(*arguments)  # type: ignore[misc]
-        plan = guards.plan(self, self._sana_ext_names, operand, parts)
+        plan = guards.plan(self, self._sana_ext_names, operand, parts, x.shape[-1])
         for name, reason in zip(plan._fields, plan):
             if reason:
                 _say(name, reason)
@@ -95,7 +94,7 @@ def _say(what: str, reason: str) -> None:
 def fused_forward(
     block: Any,
     plan: guards.Plan,
-    operand: guards.Operand,
+    operand: Operand,
     x: torch.Tensor,
     text: torch.Tensor | None,
     mask: torch.Tensor | None,
@@ -104,9 +103,11 @@ def fused_forward(
     width: Any,
 ) -> torch.Tensor:
     low = operand.autocast
-    child, parameter = guards.child, guards.parameter
     norm1, attn1, attn2, norm2, ff = (child(block, name) for name in plan._fields)
-    modulation = parameter(block, "scale_shift_table")[None] + timestep.reshape(x.shape[0], 6, -1)
+    table = parameter(block, "scale_shift_table")
+    if table is None:  # parametrised: once, as in diffusers, since a parametrisation may have a state
+        table = block.scale_shift_table
+    modulation = table[None] + timestep.reshape(x.shape[0], 6, -1)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)  # [B, C] each
     x = x.contiguous()  # the patch embedding's is channel-major
 
@@ -156,48 +157,48 @@ def _promoted(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     return x if dtype == x.dtype else x.to(dtype)
 
 
-def _plain(attn: Any, operand: guards.Operand) -> bool:
-    layers = [guards.child(attn, name) for name in ("to_q", "to_k", "to_v")]
-    layers.append(guards.child(guards.child(attn, "to_out"), "0"))
-    return not any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers)
+def _plain(attn: Any, operand: Operand) -> bool:
+    layers = [child(attn, name) for name in ("to_q", "to_k", "to_v")]
+    layers.append(child(child(attn, "to_out"), "0"))
+    return not any(leaf_reason(layer, nn.Linear, operand) for layer in layers)
 
 
-def _projections(attn: Any, n: torch.Tensor, operand: guards.Operand) -> tuple[torch.Tensor, ...]:
+def _projections(attn: Any, n: torch.Tensor, operand: Operand) -> tuple[torch.Tensor, ...]:
     """q, k and v [B, N, H * D], by one product where their weights lie together."""
     names = ("to_q", "to_k", "to_v")
     if not (torch.is_grad_enabled() or operand.autocast or torch.compiler.is_compiling()):
-        layers = [guards.child(attn, name) for name in names]
-        if not any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers):
+        layers = [child(attn, name) for name in names]
+        if not any(leaf_reason(layer, nn.Linear, operand) for layer in layers):
             together = packing.packed(layers)
             if together is not None:
                 return linear(n, *together).chunk(3, -1)
     return tuple(_linear(attn, name, n, operand) for name in names)
 
 
-def _linear(attn: Any, name: str, x: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
+def _linear(attn: Any, name: str, x: torch.Tensor, operand: Operand) -> torch.Tensor:
     """A stock layer's product; any other layer (LoRA, quantised, offloaded, hooked) is called as the module it is."""
-    layer = guards.child(attn, name)
-    if guards.leaf_reason(layer, nn.Linear, operand):
+    layer = child(attn, name)
+    if leaf_reason(layer, nn.Linear, operand):
         return layer(x)
-    return linear(x, guards.parameter(layer, "weight"), guards.parameter(layer, "bias"))
+    return linear(x, parameter(layer, "weight"), parameter(layer, "bias"))
 
 
-def _output(attn: Any, x: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
-    to_out = guards.child(attn, "to_out")
-    return guards.child(to_out, "1")(_linear(to_out, "0", x, operand))  # the projection, dropout
+def _output(attn: Any, x: torch.Tensor, operand: Operand) -> torch.Tensor:
+    to_out = child(attn, "to_out")
+    return child(to_out, "1")(_linear(to_out, "0", x, operand))  # the projection, dropout
 
 
-def _self_attention(attn: Any, n: torch.Tensor, operand: guards.Operand) -> torch.Tensor:
+def _self_attention(attn: Any, n: torch.Tensor, operand: Operand) -> torch.Tensor:
     q, k, v = _projections(attn, n, operand)
-    norm_q, norm_k = guards.child(attn, "norm_q"), guards.child(attn, "norm_k")
+    norm_q, norm_k = child(attn, "norm_q"), child(attn, "norm_k")
     norm = norm_k if norm_q is None else norm_q
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))
     out = linear_attention(
         q,
         k,
         v,
-        weight_q=None if norm_q is None else guards.parameter(norm_q, "weight"),
-        weight_k=None if norm_k is None else guards.parameter(norm_k, "weight"),
+        weight_q=None if norm_q is None else parameter(norm_q, "weight"),
+        weight_k=None if norm_k is None else parameter(norm_k, "weight"),
         norm_eps=1e-5 if norm is None else norm.eps,
         eps=EPS,
     )
@@ -215,24 +216,30 @@ def _serves(text: torch.Tensor, mask: torch.Tensor | None, x: torch.Tensor) -> b
 
 
 def _cross_attention(
-    block: Any, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, operand: guards.Operand
+    block: Any, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None, operand: Operand
 ) -> torch.Tensor:
-    attn = guards.child(block, "attn2")
+    attn = child(block, "attn2")
     cache: text_cache.TextCache | None = block.__dict__.get(text_cache.ATTRIBUTE)
+
+    norm_q, norm_k = child(attn, "norm_q"), child(attn, "norm_k")
 
     def keys_and_values() -> text_cache.Pair:
         k, v = (_linear(attn, name, text, operand) for name in ("to_k", "to_v"))
-        norm_k = guards.child(attn, "norm_k")
         return (k if norm_k is None else norm_k(k)), v
 
+    # The layers are called in the order of diffusers' processor.
     q = _linear(attn, "to_q", x, operand)
-    norm_q = guards.child(attn, "norm_q")
+    kept = None
+    if cache is not None and not torch.compiler.is_compiling():
+        kept = cache.keys_and_values(block, keys_and_values, operand)
+    if kept is None:
+        k, v = (_linear(attn, name, text, operand) for name in ("to_k", "to_v"))
     if norm_q is not None:
         q = norm_q(q)
-    if cache is None or torch.compiler.is_compiling():
-        k, v = keys_and_values()
-    else:
-        k, v = cache.keys_and_values(block, keys_and_values, operand)
+    if kept is not None:
+        k, v = kept
+    elif norm_k is not None:
+        k = norm_k(k)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))  # [B, N | M, H, D]
     y = _output(attn, cross_attention(q, k, v, mask).flatten(2).to(q.dtype), operand)
     return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor

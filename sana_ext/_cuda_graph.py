@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ._text_cache import Pair, Text, TextCache, plain
+from ._plain import untouched
+from ._text_cache import Pair, Text, TextCache
 
 DEVICE = "cuda"
 GRAPHS = 4  # kept at once for a model, each with its own buffers
@@ -156,7 +157,7 @@ def _key(model: Any, leaves: list[Any], spec: Any) -> Any:
         else:
             return None
     for module in model.modules():
-        if not plain(module, ("torch.nn.modules", "diffusers", "sana_ext")):
+        if not untouched(module, ("torch.nn.modules", "diffusers", "sana_ext")):
             return None
         processor = module.__dict__.get("processor")
         if processor is not None and type(processor).__module__.split(".")[0] != "diffusers":

@@ -10,7 +10,7 @@ import torch
 from . import _cuda_graph as cuda_graph
 from . import _text_cache as text_cache
 from ._block import FusedBlock
-from ._reversible import Reversible
+from ._reversible import Reversible, class_without, put_on
 from .ops._checks import transforming
 
 GRAPHS = "_sana_ext_step_graphs"  # of the transformer
@@ -53,7 +53,7 @@ def keep(model: Any, stock: Any, text: bool, step: bool) -> str | None:
         return "none of its blocks is replaced"
     if text and not any(text_cache.serves(block) for block in blocks):
         return "no block has plain layers for its text"
-    model.__class__ = _keeping_class(cls)
+    put_on(model, _keeping_class)
     if text:
         cache = text_cache.TextCache()
         for module in (model, *blocks):
@@ -67,8 +67,8 @@ def release(module: Any) -> None:
     """Takes away from a module what `keep` gave it."""
     for name in (text_cache.ATTRIBUTE, GRAPHS):
         module.__dict__.pop(name, None)
-    if isinstance(module, KeepingModel) and "_sana_ext_stock" in vars(type(module)):
-        module.__class__ = module._sana_ext_stock
+    if isinstance(module, KeepingModel) and (stock := class_without(module)) is not None:
+        module.__class__ = stock
 
 
 @functools.cache

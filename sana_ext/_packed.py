@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._plain import parameter
+
 DEVICES = ("cuda",)
 
 
@@ -32,8 +34,8 @@ def pack(layers: Sequence[Any]) -> None:
 
 def packed(layers: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The layers as one: weight and bias, if they lie one after the other. For products without gradients."""
-    weight = _joined([layer._parameters.get("weight") for layer in layers])
-    biases = [layer._parameters.get("bias") for layer in layers]
+    weight = _joined([parameter(layer, "weight") for layer in layers])
+    biases = [parameter(layer, "bias") for layer in layers]
     if weight is None or all(b is None for b in biases):
         return None if weight is None else (weight, None)
     bias = _joined(biases)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
+
+from torch.nn.utils.parametrize import is_parametrized
 
 PREFIX = "_sana_ext_"  # of what patch keeps on an object; no pickle holds it
 
@@ -15,7 +18,8 @@ class Reversible:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = _bare(type(self))
-        twin.__setstate__(copy.deepcopy(_state(self), memo))
+        state = _state(self) if not is_parametrized(self) else self.__dict__  # whose class refuses to give its state
+        twin.__setstate__(copy.deepcopy(state, memo))
         return twin
 
     def __copy__(self) -> Any:
@@ -27,6 +31,40 @@ class Reversible:
         """A pickled object is a stock object: the file loads without sana_ext (patch again after loading)."""
         state = {name: value for name, value in _state(self).items() if not name.startswith(PREFIX)}
         return _bare, (self._sana_ext_stock,), state
+
+
+def put_on(module: Any, make: Callable[[Any], type]) -> None:
+    """Gives the module the class make(its class).
+
+    torch's own class of a parametrised module stays the outermost: it is taken off for the one right below it.
+    """
+    cls = type(module)
+    module.__class__ = _over(make(cls.__bases__[0]), cls) if _is_injected(module) else make(cls)
+
+
+def class_without(module: Any) -> type | None:
+    """The class that the module had before `put_on`, or None where other code changed it since."""
+    cls: Any = type(module)
+    if "_sana_ext_stock" in vars(cls):
+        return cls._sana_ext_stock
+    below = cls.__bases__[0]
+    if _is_injected(module) and "_sana_ext_stock" in vars(below):
+        return _over(below._sana_ext_stock, cls)
+    return None
+
+
+def _is_injected(module: Any) -> bool:
+    """Of the class that torch.nn.utils.parametrize makes for one module."""
+    cls = type(module)
+    return is_parametrized(module) and cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}"
+
+
+def _over(base: Any, injected: Any) -> type:
+    """The injected class with another one below it."""
+    members = {name: value for name, value in vars(injected).items() if name not in ("__dict__", "__weakref__")}
+    if not hasattr(base, "__deepcopy__"):
+        members.setdefault("__deepcopy__", Reversible.__deepcopy__)
+    return type(injected.__name__, (base,), members)
 
 
 _bare: Any = object.__new__

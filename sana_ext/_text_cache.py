@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import _guards as guards
+from ._plain import Operand, child, leaf_reason, module_reason, parameter, untouched
 from .ops._arithmetic import autocast_dtype
 
 ATTRIBUTE = "_sana_ext_text_cache"  # of the transformer and its fused blocks
@@ -59,16 +59,16 @@ class TextCache:
     def clear(self) -> None:
         self._texts = []
 
-    def keys_and_values(self, block: Any, project: Callable[[], Pair], operand: guards.Operand) -> Pair:
-        """project(), or what it returned for the same text and parameters."""
-        attn = guards.child(block, "attn2")
+    def keys_and_values(self, block: Any, project: Callable[[], Pair], operand: Operand) -> Pair | None:
+        """project(), or what it returned for the same text and parameters; None where the cache cannot serve."""
+        attn = child(block, "attn2")
         fixed = getattr(self._current, "fixed", None)
         if fixed is not None:
             return fixed[attn]
         text = getattr(self._current, "text", None)
         stamp = None if text is None else _layers_stamp(block, operand)
         if text is None or stamp is None:
-            return project()
+            return None
         found = text.pairs.get(attn)
         if found is not None and _same(found[0], stamp):
             self.hits += 1
@@ -95,7 +95,7 @@ class TextCache:
         if text is None or not blocks:
             return None
         for block in blocks:
-            attn = guards.child(block, "attn2")
+            attn = child(block, "attn2")
             stamp = _layers_stamp(block)
             if stamp is None or attn not in text.pairs or not _same(text.pairs[attn][0], stamp):
                 return None
@@ -132,8 +132,8 @@ class Text:
 
 def _caption_stamp(model: Any) -> Stamp | None:
     """The modules between the model's text and its blocks, if all are plain."""
-    modules = [m for name in ("caption_projection", "caption_norm") for m in guards.child(model, name).modules()]
-    return _stamp(modules) if all(plain(m) for m in modules) else None
+    modules = [m for name in ("caption_projection", "caption_norm") for m in child(model, name).modules()]
+    return _stamp(modules) if all(untouched(m) for m in modules) else None
 
 
 def serves(block: Any) -> bool:
@@ -141,36 +141,28 @@ def serves(block: Any) -> bool:
     return _layers_stamp(block) is not None
 
 
-def _layers_stamp(block: Any, operand: guards.Operand | None = None) -> Stamp | None:
+def _layers_stamp(block: Any, operand: Operand | None = None) -> Stamp | None:
     """The layers that make a block's keys and values, unless something intercepts them or the block's arguments."""
-    attn = guards.child(block, "attn2")
-    layers = [guards.child(attn, name) for name in ("to_k", "to_v")]
-    weight = guards.parameter(layers[0], "weight")
-    if guards.module_reason(block, type(block)) or not isinstance(weight, torch.Tensor):
+    attn = child(block, "attn2")
+    layers = [child(attn, name) for name in ("to_k", "to_v")]
+    weight = parameter(layers[0], "weight")
+    if module_reason(block, type(block)) or not isinstance(weight, torch.Tensor):
         return None
-    operand = operand or guards.Operand(weight.device, weight.dtype, None)
-    if any(guards.leaf_reason(layer, nn.Linear, operand) for layer in layers):
+    operand = operand or Operand(weight.device, weight.dtype, None)
+    if any(leaf_reason(layer, nn.Linear, operand) for layer in layers):
         return None
-    norm = guards.child(attn, "norm_k")
+    norm = child(attn, "norm_k")
     if norm is not None:
         layers.append(norm)
-    return _stamp(layers) if all(plain(layer) for layer in layers) else None
-
-
-def plain(module: Any, packages: tuple[str, ...] = ("torch.nn.modules", "diffusers")) -> bool:
-    """A module of these packages that nothing intercepts, and whose weights are its parameters.
-
-    A wrapper (FSDP, DataParallel) puts tensors of its own in their place.
-    """
-    cls, state = type(module), module.__dict__
-    own = cls.__module__.startswith(packages) and guards.module_reason(module, cls) is None
-    return own and state.get("weight") is None and state.get("bias") is None
+    return _stamp(layers) if all(untouched(layer) for layer in layers) else None
 
 
 def _stamp(modules: Iterable[Any]) -> Stamp | None:
     stamp: list[tuple[Any, ...]] = []
     for module in modules:
         stamp.append((module, module.__dict__.get("eps")))
+        if any(b is not None for b in module._buffers.values()):  # a weight that was made a buffer
+            return None
         for p in module._parameters.values():
             if p is None:
                 continue

@@ -1,4 +1,7 @@
-"""The two halves of a SANA block that have kernels, as modules whose state dicts are those of diffusers' modules."""
+"""The two halves of a SANA block that have kernels, as modules whose state dicts are those of diffusers' modules.
+
+`linear_attention` and `glumbconv` are the same for models that have their layers elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import _guards as guards
-from .ops._arithmetic import autocast_dtype
-from .ops.glumbconv import glumbconv
+from . import _plain as plain
+from .ops.glumbconv import dwconv_glu
 from .ops.linear import linear
-from .ops.linear_attention import linear_attention
+from .ops.linear_attention import linear_attention as _linear_attention
+
+_EPS = 1e-5  # of a norm that is not there
 
 
 class LinearAttention(nn.Module):
@@ -65,7 +69,7 @@ class LinearAttention(nn.Module):
                 f"sana_ext.nn.LinearAttention: dim {dim} is not a multiple of head_dim {head_dim}; give heads"
             )
         self.heads = heads or dim // head_dim
-        self.norm_eps, self.eps = norm_eps, eps
+        self.eps = eps
         inner = self.heads * head_dim
         where: Any = {"device": device, "dtype": dtype}
         self.norm_q = nn.RMSNorm(inner, norm_eps, **where) if qk_norm else None
@@ -75,17 +79,9 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, N, C] -> [B, N, C]."""
-        q, k, v = (_project(layer, x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
-        out = linear_attention(
-            q,
-            k,
-            v,
-            weight_q=None if self.norm_q is None else self.norm_q.weight,
-            weight_k=None if self.norm_k is None else self.norm_k.weight,
-            norm_eps=self.norm_eps,
-            eps=self.eps,
-        )
-        return self.to_out[1](_project(self.to_out[0], out.flatten(2)))
+        q, k, v = (_project(layer, x) for layer in (self.to_q, self.to_k, self.to_v))
+        out = linear_attention(q, k, v, self.heads, self.norm_q, self.norm_k, eps=self.eps)
+        return self.to_out[1](_project(self.to_out[0], out.to(x.dtype)))  # a foreign layer may have changed it
 
 
 class GLUMBConv(nn.Module):
@@ -130,27 +126,17 @@ class GLUMBConv(nn.Module):
 
     def forward(self, x: torch.Tensor, height: int | None = None, width: int | None = None) -> torch.Tensor:
         """x: [B, C, h, w] -> [B, C', h, w], or tokens [B, N, C] with height and width -> [B, N, C']."""
-        image = x.dim() == 4
-        if image:
-            height, width = x.shape[2:]
-            x = x.flatten(2).transpose(1, 2)
-        elif height is None or width is None:
-            raise ValueError("sana_ext.nn.GLUMBConv: tokens [B, N, C] need height and width")
-        y = self._glumbconv(x, height, width)
+        tokens = x.dim() != 4
+        if tokens:
+            if height is None or width is None:
+                raise ValueError("sana_ext.nn.GLUMBConv: tokens [B, N, C] need height and width")
+            x = _image(x, height, width)
+        y = glumbconv(x, self.conv_inverted, self.conv_depth, self.conv_point)
         if self.norm is not None:
-            y = self.norm(y)
+            y = self.norm(y.movedim(1, -1)).movedim(-1, 1)
         if self.residual_connection:
             y = y + x
-        return y.transpose(1, 2).unflatten(2, (height, width)) if image else y
-
-    def _glumbconv(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        inner, depth, point = self.conv_inverted, self.conv_depth, self.conv_point
-        if any(guards.leaf_reason(conv, nn.Conv2d, _operand(x)) for conv in (inner, depth, point)):
-            # A replaced layer (LoRA, hooked) is called as the module it is.
-            u = depth(F.silu(inner(x.transpose(1, 2).unflatten(2, (height, width)))))
-            a, g = u.chunk(2, dim=1)
-            return point(a * F.silu(g)).flatten(2).transpose(1, 2)
-        return glumbconv(x, inner.weight, inner.bias, depth.weight, depth.bias, point.weight, height, width)
+        return _tokens(y) if tokens else y
 
 
 class _BiasedRMSNorm(nn.RMSNorm):
@@ -166,12 +152,105 @@ class _BiasedRMSNorm(nn.RMSNorm):
         return super().forward(x) + self.bias
 
 
-def _operand(x: torch.Tensor) -> guards.Operand:
-    return guards.Operand(x.device, x.dtype, autocast_dtype(x.device))
+def is_plain(module: nn.Module | None, expected: type, *parameters: str) -> bool:
+    """Whether code that knows the class may do the module's work itself, or must call it as the module it is.
+
+    Args:
+        module: any.
+        expected: a class of modules.
+        parameters: names of its own weights that are to be read.
+
+    Returns:
+        True if the module is exactly of that class, no hook and no other forward (of an adapter, of offloading) would
+        take part in its call, and these weights are its own dense tensors (not parametrised, quantised or sharded).
+    """
+    return plain.owner_reason(module, expected, *parameters) is None
+
+
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    norm_q: nn.Module | None = None,
+    norm_k: nn.Module | None = None,
+    *,
+    norm: type = nn.RMSNorm,
+    eps: float = 1e-15,
+) -> torch.Tensor:
+    """``sana_ext.linear_attention`` with modules for norms: those of another kind, or with hooks, are called.
+
+    Args:
+        q, k, v: [B, N, H * D], float.
+        heads: H.
+        norm_q, norm_k: of q and of k, each over all channels; None for no norm.
+        norm: the class of norms that the kernels know: x / rms(x) * weight, with attributes weight and eps.
+        eps: added to the denominator.
+
+    Returns:
+        [B, N, H * D], dtype of q behind its norm.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device that does not fit.
+    """
+    q, weight_q, eps_q = _normed(norm_q, norm, q)
+    k, weight_k, eps_k = _normed(norm_k, norm, k, None if weight_q is None else eps_q)
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+    norm_eps = eps_k if weight_q is None else eps_q
+    return _linear_attention(q, k, v, weight_q=weight_q, weight_k=weight_k, norm_eps=norm_eps, eps=eps).flatten(2)
+
+
+def glumbconv(x: torch.Tensor, conv_inverted: nn.Module, conv_depth: nn.Module, conv_point: nn.Module) -> torch.Tensor:
+    """``sana_ext.glumbconv`` with modules for convolutions: those of another kind or geometry, or with hooks, are called.
+
+    Args:
+        x: [B, C, h, w], float.
+        conv_inverted, conv_depth, conv_point: 1x1 to 2F channels, 3x3 over each channel, 1x1 from F channels, or
+            whatever stands in their places.
+
+    Returns:
+        [B, C', h, w], or of the size that the convolutions make.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device that does not fit.
+    """
+    u = _pointwise(conv_inverted, x)
+    if plain.convolution_reason(conv_depth, 3, plain.operand_of(u), depthwise=True) is None:
+        weight, bias = plain.parameter(conv_depth, "weight"), plain.parameter(conv_depth, "bias")
+        y = _image(dwconv_glu(_tokens(u), weight, bias, *u.shape[2:]), *u.shape[2:])
+    else:
+        a, g = conv_depth(F.silu(u)).chunk(2, dim=1)
+        y = a * F.silu(g)
+    return _pointwise(conv_point, y)
+
+
+def _normed(norm: Any, expected: type, x: torch.Tensor, eps: float | None = None) -> tuple[torch.Tensor, Any, float]:
+    """x, the weight and the eps of a norm that the kernel applies, if its eps is the other norm's; or the norm of x."""
+    if norm is None:
+        return x, None, _EPS
+    if plain.rms_norm_reason(norm, expected, x.shape[-1], plain.operand_of(x)) or eps not in (None, norm.eps):
+        return norm(x), None, _EPS
+    return x, plain.parameter(norm, "weight"), norm.eps
+
+
+def _pointwise(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    if plain.convolution_reason(conv, 1, plain.operand_of(x)):
+        return conv(x)
+    y = linear(_tokens(x), plain.parameter(conv, "weight"), plain.parameter(conv, "bias"))
+    return _image(y, *x.shape[2:])
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] -> [B, h * w, C]; undone by _image, and both are views of what the other made."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _image(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return x.transpose(1, 2).unflatten(2, (height, width))
 
 
 def _project(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """A plain nn.Linear's product; a replaced one (LoRA, quantised, hooked) is called as the module it is."""
-    if guards.leaf_reason(layer, nn.Linear, _operand(x)):
+    if plain.leaf_reason(layer, nn.Linear, plain.operand_of(x)):
         return layer(x)
-    return linear(x, layer.weight, layer.bias)
+    return linear(x, plain.parameter(layer, "weight"), plain.parameter(layer, "bias"))

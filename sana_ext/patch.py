@@ -20,6 +20,8 @@ from . import _guards as guards
 from . import _packed as packing
 from ._block import FusedBlock, fused_forward, names_of
 from ._model import keep, release
+from ._plain import Operand, leaf_reason, parameter
+from ._reversible import class_without, put_on
 
 BLOCK = ("diffusers.models.transformers.sana_transformer", "SanaTransformerBlock")
 TRANSFORMER = ("diffusers.models.transformers.sana_transformer", "SanaTransformer2DModel")
@@ -127,12 +129,13 @@ def unpatch(model_or_pipeline: Any) -> int:
         for name, module in model.named_modules(prefix=prefix):
             if not isinstance(module, FusedBlock):
                 continue
-            if "_sana_ext_stock" not in vars(type(module)):
+            stock = class_without(module)
+            if stock is None:
                 raise RuntimeError(
                     f"sana_ext.unpatch: {name} has the class {type(module).__name__}, "
                     "made after patch by other code; undo that first"
                 )
-            module.__class__ = module._sana_ext_stock
+            module.__class__ = stock
             restored += 1
         for module in model.modules():
             release(module)
@@ -181,8 +184,7 @@ def _patch_block(name: str, block: nn.Module, stock: type, report: Report) -> No
         if reason:
             report.skipped[name] = reason
             return
-        cls: Any = type(block)
-        block.__class__ = _fused_class(cls, stock)
+        put_on(block, functools.partial(_fused_class, stock=stock))
     report.replaced.append(name or type(block).__name__)
     packing.pack([getattr(block.attn1, layer) for layer in ("to_q", "to_k", "to_v")])
     _note_parts(name, block, names_of(stock), report)
@@ -203,25 +205,34 @@ def _refusal(block: Any, stock: Any) -> str | None:
         library = _extension.libraries().get(operand.device.type)
         why = f" (library {library.reason})" if library else ""
         return f"no compiled kernel answers on {operand.device.type}{why}"
-    return guards.block_reason(block, block.scale_shift_table[None], operand, parts) or _disagreement(stock)
+    x = torch.empty(1, 1, 1, dtype=operand.dtype, device=operand.device)
+    return guards.block_reason(block, x, operand, parts) or _disagreement(stock)
 
 
-def _operand(block: Any) -> tuple[guards.Operand, tuple[str, ...]]:
-    table = block.scale_shift_table
-    return guards.Operand(table.device, table.dtype, None), guards.compiled_parts.get((table.device.type, False), ())
+def _operand(block: Any) -> tuple[Operand, tuple[str, ...]]:
+    table = parameter(block, "scale_shift_table")
+    if table is None:  # parametrised
+        table = next(p for p in block.parameters() if p.is_floating_point())
+    return Operand(table.device, table.dtype, None), guards.compiled_parts.get((table.device.type, False), ())
+
+
+def _channels(block: Any) -> int:
+    """Of the residual stream, as far as the norms tell; a call knows."""
+    shapes = [getattr(getattr(block, name), "normalized_shape", None) for name in ("norm1", "norm2")]
+    return next((shape[-1] for shape in shapes if shape), 0)
 
 
 def _note_parts(name: str, block: Any, names: Any, report: Report) -> None:
     """Which parts and layers of a replaced block keep diffusers' code as things stand."""
     operand, parts = _operand(block)
-    plan = guards.plan(block, names, operand, parts)
+    plan = guards.plan(block, names, operand, parts, _channels(block))
     for part, reason in zip(plan._fields, plan):
         if reason:
             report.skipped[f"{name}.{part}"] = reason
         elif part.startswith("attn"):
             attn = getattr(block, part)
             for layer in ("to_q", "to_k", "to_v", "to_out.0"):
-                if reason := guards.leaf_reason(attn.get_submodule(layer), nn.Linear, operand):
+                if reason := leaf_reason(attn.get_submodule(layer), nn.Linear, operand):
                     report.skipped[f"{name}.{part}.{layer}"] = reason
 
 
@@ -247,8 +258,8 @@ def _disagreement(stock: Any) -> str | None:
             x, text, timestep = (torch.randn(size, dtype=torch.float32) for size in ((1, 6, 8), (1, 3, 8), (1, 48)))
             mask = torch.tensor([[[0.0, 0.0, -10000.0]]], dtype=torch.float32)
             expected = block(x, None, text, mask, timestep, 2, 3)
-            operand = guards.Operand(x.device, x.dtype, None)
-            plan = guards.plan(block, names, operand, ("norms", "attn1", "ff"))
+            operand = Operand(x.device, x.dtype, None)
+            plan = guards.plan(block, names, operand, ("norms", "attn1", "ff"), 8)
             got = fused_forward(block, plan, operand, x, text, mask, timestep, 2, 3)
             off = (got - expected).abs().max().item()
     except Exception as error:  # whatever it is, the stock code must go on working
