@@ -75,13 +75,11 @@ class Distillation:
             student.register_forward_hook(lambda _, inputs, output: setattr(self, "velocity", output)),
         ]
         for block in student.transformer_blocks:
-            hooks.append(
-                block.register_forward_hook(lambda _, inputs, outputs: self.student_features.append(outputs[0]))
-            )
+            hooks.append(block.register_forward_hook(lambda _, inputs, output: self.student_features.append(output)))
         for i in counterparts(kept, teacher.config.num_layers):
             hooks.append(
                 teacher.transformer_blocks[i].register_forward_hook(
-                    lambda _, inputs, outputs: self.teacher_features.append(outputs[0])
+                    lambda _, inputs, output: self.teacher_features.append(output)
                 )
             )
         for hook in hooks:

@@ -179,13 +179,11 @@ def streamed_output(weights: Weights, config: SanaConfig) -> torch.Tensor:
     def loaded(names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: weights[name].load().float() for name in names}
 
-    # The tables of all blocks are small, and each block's is asked for by the one before it.
-    always = [n for n in parameter_shapes(config) if block_of(n)[0] is None or n.endswith(".scale_shift_table")]
+    always = [n for n in parameter_shapes(config) if block_of(n)[0] is None]
     model.load_state_dict(loaded(always), strict=False, assign=True)
     blocks: list[torch.nn.Module] = list(model.transformer_blocks)
-    shared = {  # the blocks run one after the other, in the same memory
-        name: torch.empty(p.shape) for name, p in blocks[0].named_parameters() if name != "scale_shift_table"
-    }
+    # The blocks run one after the other, in the same memory.
+    shared = {name: torch.empty(p.shape) for name, p in blocks[0].named_parameters()}
 
     def fill(index: int) -> None:
         for name, tensor in shared.items():

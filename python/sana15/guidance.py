@@ -55,7 +55,8 @@ class GuidedVelocity:
     def _of_text(self, rows: int) -> tuple[torch.Tensor | Text, torch.Tensor | None]:
         config = self.transformer.config
         values = self.text.shape[:2].numel() * 2 * config.num_layers * config.width
-        if torch.is_grad_enabled() or values * self.text.element_size() > KEPT_TEXT:
+        too_large = values * self.text.element_size() > KEPT_TEXT
+        if torch.is_grad_enabled() or too_large or not self.transformer.projects:
             return self.text[-rows:], self.mask[-rows:]
         if self._projected is None:
             self._projected = self.transformer.project(self.text, self.mask)

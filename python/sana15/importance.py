@@ -18,12 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import sana_ext
-
 from . import flow
+from .block import Block
 from .files import DataError, read_json, replacing
 from .measuring import evaluating
-from .model import Block, SanaTransformer
+from .model import SanaTransformer
 from .trajectory import CalibrationBatch
 
 BINS = 10  # of equal width, over timesteps 0 to 1000
@@ -105,18 +104,12 @@ def chosen_blocks(model: SanaTransformer, kept: Sequence[int]) -> SanaTransforme
 class _Prefix(nn.Module):
     """Stands for the first blocks of a model whose output on this batch is known."""
 
-    def __init__(self, x: torch.Tensor, eps: float) -> None:
+    def __init__(self, x: torch.Tensor) -> None:
         super().__init__()
-        self.x, self.eps = x, eps
+        self.x = x
 
-    def modulation(self, t6: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return t6.unbind(1)  # of a norm that nobody uses
-
-    def forward(
-        self, x: torch.Tensor, n: torch.Tensor, text: Any, bias: Any, t6: torch.Tensor, shift: torch.Tensor,
-        scale: torch.Tensor, height: int, width: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        return self.x, sana_ext.norm_modulate(self.x, shift, scale, eps=self.eps, out_dtype=n.dtype)
+    def forward(self, *_: Any) -> torch.Tensor:
+        return self.x
 
 
 @torch.no_grad()
@@ -182,8 +175,8 @@ def _cosines(model: SanaTransformer, batch: CalibrationBatch) -> torch.Tensor:
     """[L] sums over the batch of the tokens' mean of 1 - cosine, fp64."""
     sums: list[torch.Tensor] = []
 
-    def measure(block: nn.Module, inputs: tuple[Any, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-        before, after = inputs[0].double(), outputs[0].double()  # [B, N, C]
+    def measure(block: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        before, after = inputs[0].double(), output.double()  # [B, N, C]
         sums.append((1 - F.cosine_similarity(before, after, dim=-1)).mean(1).sum().cpu())
 
     hooks = [block.register_forward_hook(measure) for block in model.transformer_blocks]
@@ -207,6 +200,6 @@ def _losses(model: SanaTransformer, batch: CalibrationBatch) -> tuple[float, tor
             hook.remove()
     without = []
     for i, x in enumerate(inputs):
-        rest = with_blocks(model, [_Prefix(x, model.config.norm_eps), *blocks[i + 1 :]])
+        rest = with_blocks(model, [_Prefix(x), *blocks[i + 1 :]])
         without.append(batch_loss(rest, batch).double().sum().cpu())
     return base, torch.stack(without)

@@ -2,7 +2,7 @@
 
 Parameter names are those of diffusers' SanaTransformer2DModel, so its folders load strictly and ours load there.
 
-B batch, h x w latent grid, N = h*w tokens, T text tokens, C width, H heads, D head dim, F Mix-FFN hidden.
+B batch, h x w latent grid, N = h*w tokens, T text tokens, C width.
 """
 
 from __future__ import annotations
@@ -17,141 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 import sana_ext
 
+from .block import Block, CrossAttention, Linear, Norm, RMSNorm
 from .config import SanaConfig
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of time and guidance
+FINAL_EPS = 1e-6  # of the last norm, whatever that of the blocks
 MASKED = -10000.0  # additive bias of a masked text token; finite, so a fully masked row is uniform instead of NaN
-
-
-class Linear(nn.Linear):
-    """nn.Linear on sana_ext.linear: on CPUs without 16-bit arithmetic it computes in fp32."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return sana_ext.linear(x, self.weight, self.bias)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the channels; statistics in fp32, rounded before the weight as diffusers does."""
-
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        accumulator = x.double() if x.dtype == torch.float64 else x.float()
-        rstd = torch.rsqrt(accumulator.square().mean(-1, keepdim=True) + self.eps)
-        return (accumulator * rstd).to(self.weight.dtype) * self.weight
-
-
-class SelfAttention(nn.Module):
-    """ReLU linear attention, H heads of D; qk-norm over all channels before the ReLU."""
-
-    def __init__(self, config: SanaConfig) -> None:
-        super().__init__()
-        C = config.width
-        self.heads = config.num_attention_heads
-        if config.qk_norm:
-            self.norm_q: RMSNorm | None = RMSNorm(C)
-            self.norm_k: RMSNorm | None = RMSNorm(C)
-        else:
-            self.norm_q = self.norm_k = None
-        self.to_q = Linear(C, C, bias=config.attention_bias)
-        self.to_k = Linear(C, C, bias=config.attention_bias)
-        self.to_v = Linear(C, C, bias=config.attention_bias)
-        self.to_out = nn.ModuleList([Linear(C, C)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, C] -> [B, N, C]
-        q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
-        weights: dict[str, Any] = {}
-        if self.norm_q is not None and self.norm_k is not None:
-            weights = {"weight_q": self.norm_q.weight, "weight_k": self.norm_k.weight, "norm_eps": self.norm_q.eps}
-        out = self.to_out[0](sana_ext.linear_attention(q, k, v, **weights).flatten(2))
-        # The fp16-trained SANA-1.0 1.6B needs this clip (its activations exceed fp16's range).
-        return out.clip(-65504, 65504) if x.dtype == torch.float16 else out
-
-
-class CrossAttention(nn.Module):
-    """Softmax attention from image tokens to text tokens."""
-
-    def __init__(self, config: SanaConfig) -> None:
-        super().__init__()
-        C = config.width
-        self.heads = config.num_cross_attention_heads
-        if config.qk_norm:
-            self.norm_q: nn.Module = RMSNorm(C)
-            self.norm_k: nn.Module = RMSNorm(C)
-        else:
-            self.norm_q = self.norm_k = nn.Identity()
-        self.to_q, self.to_k, self.to_v = Linear(C, C), Linear(C, C), Linear(C, C)
-        self.to_out = nn.ModuleList([Linear(C, C)])
-
-    def keys_and_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, T, C] -> twice [B, T, C]
-        return self.norm_k(self.to_k(text)), self.to_v(text)
-
-    def forward(
-        self, x: torch.Tensor, text: torch.Tensor | tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        # x [B, N, C], text [B, T, C] or its keys and values, bias [B, 1, T]
-        k, v = self.keys_and_values(text) if isinstance(text, torch.Tensor) else text
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.norm_q(self.to_q(x)), k, v))
-        return self.to_out[0](sana_ext.cross_attention(q, k, v, bias).flatten(2).to(q.dtype))
-
-
-class MixFFN(nn.Module):
-    """1x1 to 2F, SiLU, depthwise 3x3, a * silu(g), 1x1 back. The zero padding of the 3x3 is the position signal."""
-
-    def __init__(self, config: SanaConfig) -> None:
-        super().__init__()
-        C, F = config.width, config.hidden
-        self.conv_inverted = nn.Conv2d(C, 2 * F, 1)
-        self.conv_depth = nn.Conv2d(2 * F, 2 * F, 3, padding=1, groups=2 * F)
-        self.conv_point = nn.Conv2d(F, C, 1, bias=False)
-
-    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:  # [B, N, C] -> [B, N, C]
-        i, d, p = self.conv_inverted, self.conv_depth, self.conv_point
-        return sana_ext.glumbconv(x, i.weight, i.bias, d.weight, d.bias, p.weight, height, width)
-
-
-class Block(nn.Module):
-    """x += gate1 * attn(mod1(LN x));  x += cross(x, text), no norm, no gate;  x += gate2 * ffn(mod2(LN x))."""
-
-    def __init__(self, config: SanaConfig) -> None:
-        super().__init__()
-        C = config.width
-        self.eps = config.norm_eps
-        self.scale_shift_table = nn.Parameter(torch.randn(6, C) / C**0.5)
-        self.attn1 = SelfAttention(config)
-        self.attn2 = CrossAttention(config)
-        self.ff = MixFFN(config)
-
-    def modulation(self, t6: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(shift1, scale1, gate1, shift2, scale2, gate2), [B, C] each, from the shared t6 [B, 6, C]."""
-        return (self.scale_shift_table + t6).unbind(1)
-
-    def forward(
-        self,
-        x: torch.Tensor,  # [B, N, C], the residual stream
-        n: torch.Tensor,  # [B, N, C], x normalised and modulated for this block's attention
-        text: torch.Tensor | tuple[torch.Tensor, torch.Tensor],  # [B, T, C], or its keys and values
-        bias: torch.Tensor | None,  # [B, 1, T]
-        t6: torch.Tensor,  # [B, 6, C]
-        next_shift: torch.Tensor,  # [B, C], the modulation of what follows this block
-        next_scale: torch.Tensor,  # [B, C]
-        height: int,
-        width: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream after the block, and the same normalised for what follows: the last gated residual and the
-        next norm are one pass over memory."""
-        _, _, gate1, shift2, scale2, gate2 = self.modulation(t6)
-        x = sana_ext.gated_residual(x, self.attn1(n), gate1)
-        x, n = sana_ext.residual_norm_modulate(
-            x, self.attn2(x, text, bias), shift2, scale2, eps=self.eps, out_dtype=n.dtype
-        )
-        y = self.ff(n, height, width)
-        return sana_ext.residual_norm_modulate(
-            x, y, next_shift, next_scale, gate=gate2, eps=self.eps, out_dtype=n.dtype
-        )
 
 
 def sinusoid(t: torch.Tensor) -> torch.Tensor:
@@ -169,12 +40,23 @@ class Embedder(nn.Module):
         super().__init__()
         self.linear_1, self.linear_2 = Linear(FREQUENCIES, C), Linear(C, C)
 
-    def forward(self, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return self.linear_2(nn.functional.silu(self.linear_1(sinusoid(t).to(dtype))))
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:  # [B, 256] -> [B, C]
+        return self.linear_2(nn.functional.silu(self.linear_1(sample)))
+
+
+class TimestepEmbedding(nn.Module):
+    """The embedding of the timestep alone."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.timestep_embedder = Embedder(C)
+
+    def forward(self, timestep: torch.Tensor, hidden_dtype: torch.dtype) -> torch.Tensor:  # [B] -> [B, C]
+        return self.timestep_embedder(sinusoid(timestep).to(hidden_dtype))
 
 
 class TimeEmbedding(nn.Module):
-    """adaLN-single: the embedding of the timestep (and of the guidance scale), and the 6C vector all blocks share."""
+    """adaLN-single: the 6C vector all blocks share, and the embedding of the timestep (and of the guidance scale)."""
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()
@@ -182,18 +64,18 @@ class TimeEmbedding(nn.Module):
         if config.guidance_embeds:  # diffusers names the Sprint embedder without `emb`
             self.timestep_embedder, self.guidance_embedder = Embedder(C), Embedder(C)
         else:
-            self.emb = nn.ModuleDict({"timestep_embedder": Embedder(C)})
+            self.emb = TimestepEmbedding(C)
         self.linear = Linear(C, 6 * C)
 
     def forward(
-        self, t: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, timestep: torch.Tensor, *, guidance: torch.Tensor | None = None, hidden_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [B] -> [B, 6C], [B, C]
         if guidance is not None:
-            embedded = self.timestep_embedder(t, dtype) + self.guidance_embedder(guidance, dtype)
+            embedded = self.timestep_embedder(sinusoid(timestep).to(hidden_dtype))
+            embedded = embedded + self.guidance_embedder(sinusoid(guidance).to(hidden_dtype))
         else:
-            embedded = self.emb["timestep_embedder"](t, dtype)
-        t6 = self.linear(nn.functional.silu(embedded))
-        return embedded, t6.unflatten(-1, (6, -1))
+            embedded = self.emb(timestep, hidden_dtype=hidden_dtype)
+        return self.linear(nn.functional.silu(embedded)), embedded
 
 
 class TextProjection(nn.Module):
@@ -288,11 +170,27 @@ class SanaTransformer(nn.Module):
         self.proj_out = Linear(C, config.patch_size**2 * config.out_channels)
 
     def project(self, text: torch.Tensor, text_mask: torch.Tensor | None = None) -> Text:
-        """What forward takes in place of text and mask, to be computed once for many steps. It keeps the weights' values."""
+        """What forward takes in place of text and mask, to be computed once for many steps. It keeps the weights' values.
+
+        Raises:
+            ValueError: shapes that do not fit, or a model that cannot (`projects`).
+        """
+        if not self.projects:
+            raise ValueError(
+                "a block or its cross-attention was replaced or has hooks, so no text can be projected for it"
+            )
         self._check_text(text, text_mask, text.shape[0])
         states = self._states(text)
-        pairs = [block.attn2.keys_and_values(states) for block in self.transformer_blocks]  # type: ignore[union-attr,operator]
+        blocks: list[Block] = list(self.transformer_blocks)  # type: ignore[arg-type]
+        pairs = [block.attn2.keys_and_values(states) for block in blocks]
         return Text(pairs, self._bias(text_mask, states.dtype))
+
+    @property
+    def projects(self) -> bool:
+        """Whether `project` may stand for the text: no block or cross-attention is replaced or has hooks, which might want
+        to see the text itself."""
+        plain = sana_ext.nn.is_plain
+        return all(plain(b, Block) and plain(b.attn2, CrossAttention) for b in self.transformer_blocks)  # type: ignore[arg-type]
 
     def _states(self, text: torch.Tensor) -> torch.Tensor:
         return self.caption_norm(self.caption_projection(text))
@@ -327,26 +225,44 @@ class SanaTransformer(nn.Module):
         patch = self.config.patch_size
         height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
         x = self.patch_embed(latents).contiguous()
-        embedded, t6 = self.time_embed(timestep, guidance, x.dtype)
-        blocks: list[Block] = list(self.transformer_blocks)  # type: ignore[arg-type]
+        if guidance is None:
+            t6, embedded = self.time_embed(timestep, hidden_dtype=x.dtype)
+        else:
+            t6, embedded = self.time_embed(timestep, guidance=guidance, hidden_dtype=x.dtype)
         texts: Sequence[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
         if isinstance(text, Text):
             bias, texts = text.bias, text.pairs
         else:
-            bias, texts = self._bias(text_mask, x.dtype), [self._states(text)] * len(blocks)
-        final_shift, final_scale = (self.scale_shift_table + embedded[:, None]).unbind(1)
-
-        following = [block.modulation(t6)[:2] for block in blocks] + [(final_shift, final_scale)]
-        n = sana_ext.norm_modulate(x, *following[0], eps=self.config.norm_eps)
-        for block, states, (shift, scale) in zip(blocks, texts, following[1:]):
-            arguments = (x, n, states, bias, t6, shift, scale, height, width)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, n = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x, n = block(*arguments)
-
+            bias, texts = self._bias(text_mask, x.dtype), [self._states(text)] * len(self.transformer_blocks)
+        n = self._blocks(x, texts, bias, t6, embedded, height, width)
         out = self.proj_out(n).unflatten(1, (height, width)).unflatten(-1, (patch, patch, -1))
         return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [B, channels, h, patch, w, patch]
+
+    def _blocks(
+        self, x: torch.Tensor, texts: Sequence[Any], bias: torch.Tensor | None, t6: torch.Tensor, embedded: torch.Tensor,
+        height: int, width: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """The blocks and the final norm. A block that is not plainly ours (hooks, a wrapper, another module) is called as
+        the module it is, and brings its own first norm."""
+        blocks: list[Any] = list(self.transformer_blocks)
+        plain = [sana_ext.nn.is_plain(block, Block, "scale_shift_table") for block in blocks]
+        final = Norm(*(self.scale_shift_table + embedded[:, None]).unbind(1), FINAL_EPS)
+        n = None
+        for i, (block, states) in enumerate(zip(blocks, texts)):
+            if not plain[i]:
+                x, n = self._run(block, x, None, states, bias, t6, height, width), None
+                continue
+            following: Norm | None = final
+            if i + 1 < len(blocks):
+                following = blocks[i + 1].first_norm(t6) if plain[i + 1] else None
+            n = block.first_norm(t6)(x) if n is None else n
+            x, n = self._run(block.between_norms, x, n, states, bias, t6, following, height, width)
+        return final(x) if n is None else n
+
+    def _run(self, fn: Any, *arguments: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(fn, *arguments, use_reentrant=False)
+        return fn(*arguments)
 
     def _check(
         self,

@@ -17,8 +17,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import sana_ext
-
 from .healing import flow_steps, trainable_copy
 from .importance import with_blocks
 from .model import SanaTransformer
@@ -63,21 +61,13 @@ class _LowRank(nn.Module):
 class _Gated(nn.Module):
     """x + gate * (block(x) - x); the gate is a number that the draw of each step sets."""
 
-    def __init__(self, block: Any, eps: float) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
-        self.block, self.eps = block, eps
+        self.block = block
         self.gate = torch.ones(())
 
-    def modulation(self, t6: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.block.modulation(t6)
-
-    def forward(
-        self, x: torch.Tensor, n: torch.Tensor, text: Any, bias: Any, t6: torch.Tensor, shift: torch.Tensor,
-        scale: torch.Tensor, height: int, width: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        out, _ = self.block(x, n, text, bias, t6, shift, scale, height, width)
-        x = x + self.gate.to(x) * (out - x)
-        return x, sana_ext.norm_modulate(x, shift, scale, eps=self.eps, out_dtype=n.dtype)
+    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        return x + self.gate.to(x) * (self.block(x, *others) - x)
 
 
 def learned(
@@ -119,7 +109,7 @@ def learned(
     device = model.proj_out.weight.device
     ways = [_ways(b - a, n).to(device) for a, b, n in groups]  # [ways, M] of 0 and 1
     logits = [nn.Parameter(torch.zeros(len(w), device=device)) for w in ways]
-    gated = [_Gated(block, model.config.norm_eps) for block in copied.transformer_blocks]
+    gated = [_Gated(block) for block in copied.transformer_blocks]
     supernet = with_blocks(copied, gated)
 
     def draw(step: int, generator: torch.Generator) -> None:
