@@ -201,9 +201,7 @@ def test_distillation_of_the_source_itself_is_nothing():
         student = sana15.prune(pipe.transformer, by="indices", indices=kept)
         teacher = load_transformer(MINI / "transformer")
         features: list[torch.Tensor] = []
-        hook = teacher.transformer_blocks[11].register_forward_hook(
-            lambda _, i, o, to=features: to.extend([i[0], o[0]])
-        )
+        hook = teacher.transformer_blocks[11].register_forward_hook(lambda _, i, o, to=features: to.extend([i[0], o]))
         distillation = Distillation(student, teacher, kept)
         ours = student(batch.latents, batch.text, batch.timestep, text_mask=batch.mask)  # the teacher gets it too
         found = distillation.loss().item()

@@ -107,7 +107,7 @@ def directly(model, batches, bins):
         where = min(int(b.sigma * bins), bins - 1)
         streams = []
         hooks = [
-            m.register_forward_hook(lambda m, i, o, streams=streams: streams.append((i[0], o[0])))
+            m.register_forward_hook(lambda m, i, o, streams=streams: streams.append((i[0], o)))
             for m in model.transformer_blocks
         ]
         with torch.no_grad():

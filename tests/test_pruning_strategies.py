@@ -228,7 +228,7 @@ def test_distillation_compares_with_the_counterparts(idle):  # noqa: F811
     ours, theirs, velocities = [], [], []
     for m, to in ((small, ours), (model, theirs)):
         fresh = chosen_blocks(m, range(len(m.transformer_blocks)))
-        hooks = [k.register_forward_hook(lambda _, i, o, to=to: to.append(o[0])) for k in fresh.transformer_blocks]
+        hooks = [k.register_forward_hook(lambda _, i, o, to=to: to.append(o)) for k in fresh.transformer_blocks]
         velocities.append(fresh(*inputs))
         for hook in hooks:
             hook.remove()
