@@ -77,6 +77,17 @@ class LinearAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=bias, **where) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(inner, dim, bias=out_bias, **where), nn.Dropout(dropout)])
 
+    @property
+    def norm_eps(self) -> float | None:
+        """eps of norm_q, or None without one; set, that of both norms."""
+        return None if self.norm_q is None else self.norm_q.eps
+
+    @norm_eps.setter
+    def norm_eps(self, eps: float) -> None:
+        for norm in (self.norm_q, self.norm_k):
+            if norm is not None:
+                norm.eps = eps
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, N, C] -> [B, N, C]."""
         q, k, v = (_project(layer, x) for layer in (self.to_q, self.to_k, self.to_v))
