@@ -18,7 +18,8 @@ class Reversible:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = _bare(type(self))
-        state = _state(self) if not is_parametrized(self) else self.__dict__  # whose class refuses to give its state
+        own: Any = self
+        state = self.__dict__ if is_parametrized(own) else _state(self)  # its class refuses to give its state
         twin.__setstate__(copy.deepcopy(state, memo))
         return twin
 

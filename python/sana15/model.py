@@ -246,7 +246,8 @@ class SanaTransformer(nn.Module):
         the module it is, and brings its own first norm."""
         blocks: list[Any] = list(self.transformer_blocks)
         plain = [sana_ext.nn.is_plain(block, Block, "scale_shift_table") for block in blocks]
-        final = Norm(*(self.scale_shift_table + embedded[:, None]).unbind(1), FINAL_EPS)
+        shift, scale = (self.scale_shift_table + embedded[:, None]).unbind(1)
+        final = Norm(shift, scale, FINAL_EPS)
         n = None
         for i, (block, states) in enumerate(zip(blocks, texts)):
             if not plain[i]:
