@@ -168,7 +168,7 @@ def test_a_source_called_like_the_targets_staging_folder(tmp_path):
 
 
 def test_of_two_runs_to_one_target_the_second_is_refused(tmp_path):
-    """Both begin before either is done; what appears is whole."""
+    """At once while the first works; and the first, where something else has taken its place in the meantime."""
     src, dst = tmp_path / "src", tmp_path / "dst"
     save_transformer(source(), src)
     slow = """
@@ -185,7 +185,12 @@ except ValueError as error:
 """
     process = run_python(slow, src, dst, stdin=subprocess.PIPE)
     assert process.stdout.readline() == "checking\n"
-    grow_folder(src, dst, layers=6)
+    before = files_below(tmp_path)
+    with pytest.raises(ValueError, match=f"dst is in use: process {process.pid} on .* works there"):
+        grow_folder(src, dst, layers=6)
+    assert files_below(tmp_path) == before
+    save_transformer(source(), tmp_path / "other")
+    (tmp_path / "other").rename(dst)
     whole = files_below(dst)
     out, _ = process.communicate("go on\n")
     assert "dst exists" in out

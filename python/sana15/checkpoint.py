@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .concurrency import claiming
 from .config import SanaConfig
 from .files import CODES, DataError, open_tensors, read_json, replace_folder, staging, stream_tensors
 from .model import SanaTransformer
@@ -135,6 +136,7 @@ def save_transformer(
     write_folder(model.config, weights, folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
+@claiming(lambda given: given["folder"], new=True)
 def write_folder(
     config: SanaConfig,
     weights: Weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,15 @@ def _train(args: argparse.Namespace) -> None:
     from .train import train
     from .train_config import load_config
 
-    print(f"exported to {train(load_config(args.config, args.overrides))}")
+    config, overrides = args.config, args.overrides
+    if config is not None and _is_override(config):  # the file is left out
+        config, overrides = None, [config, *overrides]
+    print(f"exported to {train(load_config(config, overrides))}")
+
+
+def _is_override(text: str) -> bool:
+    """Whether a command's file argument is none but key=value: no such file, and a key that could be one."""
+    return re.match(r"[A-Za-z_][\w.]*=", text) is not None and not Path(text).exists()
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 import sana_ext
 
+from .concurrency import claiming
 from .config import SanaConfig
 from .device import resolved
 from .geneval import judge_folder, picture_path, write_metadata
@@ -40,6 +41,7 @@ BATCH = 24
 ROUNDS = 3  # of the timing
 
 
+@claiming(lambda given: given["args"].out)
 def run(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     pipe = Pipeline.from_pretrained(args.model, device=resolved(args.device))

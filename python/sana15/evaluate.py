@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .concurrency import claimed
 from .device import resolved
 from .files import replacing
 from .geneval import Judged, judge_folder, read_results
@@ -52,10 +53,17 @@ def _write(result: dict[str, Any], path: Path) -> None:
 
 def _detected(args: argparse.Namespace) -> str:
     """Writes GenEval's results.jsonl into the folder; returns its path."""
+    root = Path(args.folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder of pictures")
+    with claimed(root):
+        return _detected_in(root, args)
+
+
+def _detected_in(root: Path, args: argparse.Namespace) -> str:
     from .detector import ClipColors, Detector, photo_results
     from .export import read_folder, results_line
 
-    root = Path(args.folder)
     device = resolved(args.device)
     colors = ClipColors.load(args.clip, device) if args.clip else None
     rows = photo_results(read_folder(root), Detector.load(args.detector, device), colors)

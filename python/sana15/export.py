@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .concurrency import claiming
 from .files import DataError, rename_durably, staging
 from .geneval import candidates, prompt_folders, read_metadata
 from .pictures import read_png
@@ -203,6 +204,7 @@ def _picture(path: Path) -> Image.Image:
     return Image.fromarray(read_png(path)[0])
 
 
+@claiming(lambda given: given["target"], new=True)
 def export(
     name: str, source: str | Path, target: str | Path, *, prompts: str | Path | None = None, rule: str = "strict"
 ) -> str:
@@ -216,7 +218,8 @@ def export(
         rule: of the exact checker, for geneval's results.jsonl.
 
     Raises:
-        ValueError: the folder is there already, or prompts that do not fit. FileNotFoundError, DataError: bad pictures.
+        ValueError: the folder is there already or being written, or prompts that do not fit. FileNotFoundError, DataError:
+        bad pictures.
     """
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; the formats are {', '.join(FORMATS)}")

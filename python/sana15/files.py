@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from .concurrency import NO_LOCKS
 
 #: safetensors' names of the dtypes that weights may have.
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -121,7 +124,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the whole new one. The temporary name starts with a dot.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.partial")
     try:
         yield partial
         os.replace(partial, path)
@@ -206,11 +209,7 @@ def _hidden(target: Path, kind: str) -> Iterator[Path]:
     lock = None
     while lock is None:  # another run may take a folder that is not locked yet for one that was left, and remove it
         root = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
-        try:
-            lock = _locked(root)
-        except OSError:  # a file system without locks
-            remove_tree(root)
-            raise
+        lock = _locked(root, made_here=True)
     with lock:
         try:
             yield root
@@ -218,21 +217,30 @@ def _hidden(target: Path, kind: str) -> Iterator[Path]:
             _remove_hidden(root)
 
 
-def _locked(root: Path) -> IO[str] | None:
-    """The open lock of a hidden folder, made where it is missing; None where somebody has it or the folder is gone."""
+def _locked(root: Path, *, made_here: bool = False) -> IO[str] | None:
+    """The open lock of a hidden folder, made where it is missing; None where somebody has it or the folder is gone.
+
+    Args:
+        made_here: on a file system without locks the folder then counts as locked; else that is an OSError, since nobody
+            can tell whether it is in use.
+    """
     try:
         lock = (root / LOCK).open("a")
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not made_here or error.errno not in NO_LOCKS:
+            lock.close()
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+    try:
         if os.path.samestat(os.fstat(lock.fileno()), (root / LOCK).stat()):
             return lock
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         pass
-    except OSError:
-        lock.close()
-        raise
     lock.close()
     return None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import Weights, parse_bytes, require_fit
+from .concurrency import claiming
 from .config import SanaConfig
 from .files import DataError, read_json
 from .growth import BLOCKS, GrowthMap, block_of, grown_config, grown_weights, growth_map
@@ -49,6 +50,7 @@ class Growth:
         return [b for b in self.blocks if b is not None] == [*range(self.keep)] and not self.added_norms
 
 
+@claiming(lambda given: given["target"], new=True)
 def grow_folder(
     source: str | Path,
     target: str | Path,

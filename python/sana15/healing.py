@@ -16,6 +16,7 @@ from torch import nn
 
 from . import flow
 from .checkpoint import folder_weights
+from .concurrency import require_one_process
 from .distillation import counterparts
 from .files import DTYPES, DataError, replace_folder
 from .model import SanaTransformer
@@ -61,9 +62,10 @@ def flow_steps(
         before: called with the step's number and its generator before each step.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: the loss is not finite, or a launcher started several processes.
     """
     check_training_seed(seed)
+    require_one_process("healing")
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99))
     trained = [p for group in parameters for p in group["params"]]
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()

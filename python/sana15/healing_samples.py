@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .checkpoint import load_transformer, save_transformer
+from .concurrency import require_one_process
 from .distillation import Distillation, training_loss
 from .files import DTYPES, require_finite
 from .growth_training import set_learning_rates
@@ -57,10 +58,12 @@ def heal_on_samples(folder: Path, pipe: Pipeline, samples: Samples, healing: Hea
         healing: see Healing.of_model and for_kept, which have been asked.
 
     Raises:
-        ValueError: the loss is not finite, or a healed weight is not (DataError); the folder stays as it was.
+        ValueError: the loss is not finite, or a healed weight is not (DataError); the folder stays as it was. Or a launcher
+            started several processes.
     """
     from .train import Average, learning_rate, make_optimizer
 
+    require_one_process("healing")
     mini = isinstance(pipe.text, MiniTextEncoder)
     config = training_of(healing, "soap" if mini else LARGE_OPTIMIZER)
     student = load_transformer(folder / "transformer").to(pipe.device).train()

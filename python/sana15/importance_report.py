@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from .concurrency import claiming
 from .device import resolved
 from .files import replacing
 from .importance import BINS, Importance, block_importance
@@ -66,6 +67,7 @@ def measured(
     return found
 
 
+@claiming(lambda given: given["args"].out)
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists() and not out.is_dir():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import parse_bytes, weights_sha256
+from .concurrency import claiming, require_one_process
 from .device import resolved
 from .files import DataError
 from .growth import grown_weights
@@ -24,6 +25,7 @@ from .pruning import Choice, check_keep, choose, pruned_config, strategy
 from .trajectory import CalibrationBatch, calibration, calibration_prompts
 
 
+@claiming(lambda given: given["target"], new=True)
 def prune_folder(
     source: str | Path,
     target: str | Path,
@@ -67,6 +69,8 @@ def prune_folder(
     origin, target = ModelFolder(source), Path(target)
     origin.check_target(target)
     by = strategy(by, indices is not None, importance is not None)
+    if heal is not None or by in ("search", "learned"):
+        require_one_process("healing")
     layers, weights = origin.config.num_layers, origin.weights()
     if keep is not None:
         check_keep(keep, layers)

@@ -29,6 +29,7 @@ from .checkpoint import (
     write_folder,
     write_weights,
 )
+from .concurrency import claiming
 from .config import SIZES, SanaConfig
 from .files import DataError, replacing
 from .model import SanaTransformer
@@ -281,6 +282,7 @@ def _write_release(weights: Weights, target: Path) -> None:
             torch.save({"state_dict": state}, file)
 
 
+@claiming(lambda given: given["target"], new=True)
 def convert(
     source: str | Path,
     target: str | Path,

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import geneval
+from .concurrency import claiming
 from .device import resolved
 from .files import DataError
 from .pictures import describe, read_png, save_png
@@ -31,6 +32,7 @@ def settings_of(args: argparse.Namespace) -> Sampling:
     )  # fmt: skip
 
 
+@claiming(lambda given: given["args"].out)
 def run(args: argparse.Namespace) -> None:
     if bool(args.prompt) == bool(args.prompts):
         raise ValueError("give prompts or --prompts FILE, one of the two")

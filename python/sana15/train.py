@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import sana_ext.optim
 
+from .concurrency import claiming, require_one_process
 from .data import Batch, scene_batches
 from .device import resolved
 from .files import DataError, replace_folder, staging, sync_folder, write_durably
@@ -92,8 +93,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1.0)))
 
 
+@claiming(lambda given: given["config"].out)
 def train(config: TrainConfig) -> Path:
-    """Runs (or resumes) to config.steps and exports the averaged weights to out/export; returns that folder."""
+    """Runs (or resumes) to config.steps and exports the averaged weights to out/export; returns that folder.
+
+    Raises:
+        ValueError: another run works in `out`, a run of another configuration is there, or a launcher started several
+            processes. DataError: the loss is not finite.
+    """
+    require_one_process("training")
     from .train_tasks import TransformerTask
 
     out, device = Path(config.out), resolved(config.device)

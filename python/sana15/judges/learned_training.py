@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from tqdm import tqdm
 
 from ..autoencoder import Autoencoder
+from ..concurrency import claimed, require_one_process
 from ..pipeline import MINI
 from ..scenes.corrupt import KINDS, MALFORMED, wrong_spec
 from ..scenes.render import render
@@ -132,6 +133,7 @@ def train(
     width: int = 48, blocks: int = 4, report: Callable[[int, float], None] | None = None,
 ) -> LearnedJudge:  # fmt: skip
     """A judge after `steps` steps of AdamW, warmed up and then cooled down to zero along a cosine."""
+    require_one_process("training a judge")
     torch.manual_seed(seed)
     network = Detector(width, blocks)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
@@ -164,6 +166,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder", default=str(MINI / "vae"), metavar="DIR", help="default: the mini model's")
     args = parser.parse_args()
+    try:
+        require_one_process("training a judge")
+        with claimed(args.out):
+            _train_to(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _train_to(args: argparse.Namespace) -> None:
     with tqdm(total=args.steps, unit="step", mininterval=5) as bar:
 
         def report(step: int, error: float) -> None:

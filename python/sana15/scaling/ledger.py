@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from ..concurrency import InUse, flock
 from ..files import DataError, sync_folder
 
 
@@ -27,11 +27,9 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not flock(self._file.fileno()):
             self._file.close()
-            raise ValueError(f"{path} is in use: another process works on this run; give it its own --shard") from None
+            raise InUse(f"{path} is in use: another process works on this run; give it its own --shard")
         sync_folder(path.parent)
         try:
             self.records = self._read()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..concurrency import claimed_target, claiming
 from ..device import of_pipeline
 from ..files import DataError, read_json, write_durably
 from ..foreign import DiffusersGenerator
@@ -78,6 +78,7 @@ class SearchResult:
         return [(f.index, f.unjudged) for f in self.found if f.unjudged]
 
 
+@claiming(lambda given: given["out"], shared=True)
 def search(
     pipe: Any,
     prompts: Sequence[str | Mapping[str, Any]],
@@ -125,7 +126,7 @@ def search(
         SearchResult: images, scores, spent, unjudged.
 
     Raises:
-        ValueError: arguments that do not fit, or a folder of another run. DataError: a damaged folder.
+        ValueError: arguments that do not fit, a folder of another run, or one that another run works in. DataError: a damaged folder.
     """
     generator = _generator(pipe, seed, sampling)
     judges = [
@@ -180,16 +181,16 @@ def search(
                 _remove(picture_path(root / folder, index, 0).parent.glob(".*.partial"))
         with _threads(threads):
             found = _run(searches, policy, stop_at, progress)
+        for f in found:
+            for place, c in enumerate(f.picked):
+                target = picture_path(root / "picks", f.index, place)
+                data = picture_path(root / "candidates", f.index, c).read_bytes()
+                if not target.exists() or target.read_bytes() != data:
+                    write_durably(data, target)
+        result = SearchResult(root, found, sum(j.retries for j in judges))
+        write_durably((json.dumps(_as_json(found), indent=1) + "\n").encode(), root / f"result-{name}.json")
     finally:
         ledger.close()
-    for f in found:
-        for place, c in enumerate(f.picked):
-            target = picture_path(root / "picks", f.index, place)
-            data = picture_path(root / "candidates", f.index, c).read_bytes()
-            if not target.exists() or target.read_bytes() != data:
-                write_durably(data, target)
-    result = SearchResult(root, found, sum(j.retries for j in judges))
-    write_durably((json.dumps(_as_json(found), indent=1) + "\n").encode(), root / f"result-{name}.json")
     return result
 
 
@@ -290,8 +291,7 @@ def _claim(root: Path, settings: dict[str, Any], device: str) -> int:
     root.mkdir(parents=True, exist_ok=True)
     path = root / "run.json"
     settings = json.loads(json.dumps(settings))
-    with (root / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # shards may begin at the same time
+    with claimed_target(path, wait=True):  # shards may begin at the same time
         _remove(root.glob(".run.json.*.partial"))  # what a killed process was writing under this lock
         _remove(root.glob("*/*/.metadata.jsonl.*.partial"))
         if path.exists():
