@@ -1,8 +1,8 @@
 """Any diffusers pipeline as a generator that can pause, without knowing its scheduler's history or its latents' layout.
 
 Each picture is one ordinary call of the pipeline, batch 1, in a thread of its own that waits inside the step callback: what a
-pause must keep is what stands on that thread's stack. Threads never run at the same time. So pausing cannot change a picture,
-not even by rounding, and keep only lets the others go.
+pause must keep is what stands on that thread's stack, and what the call has put on the pipeline's models (call_state.py). Threads
+never run at the same time. So pausing cannot change a picture, not even by rounding, and keep only lets the others go.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from PIL import Image
 
 import sana_ext
 
+from .call_state import Turn, caches, reset_caches
+from .concurrency import using
 from .redaction import redacted_values
 from .sampling import Item, Seed
 
@@ -32,10 +34,12 @@ class DiffusersGenerator:
     """A diffusers pipeline as a Generator (see generator.py).
 
     Pictures are made one at a time; a state is a list of them. Autocast and other settings of the caller's thread do not reach a
-    paused picture. One picture's noise comes from torch.Generator().manual_seed(seed.number()) on the CPU.
+    paused picture. Pipelines with offloaded models, or with diffusers' attention caches, whose state belongs to one call from its
+    first step to its last, cannot pause. Generators of several threads may share a pipeline: its parts serve one picture at a
+    time. One picture's noise comes from torch.Generator().manual_seed(seed.number()) on the CPU.
 
     Args:
-        pipe: the pipeline; it is not changed (each call uses a shallow copy with a scheduler of its own).
+        pipe: the pipeline; after a picture, and while one is paused, it and its models are as before.
         evaluations: of the denoiser, per step and picture. Default 2 where guidance_scale is above 1 and the pipeline takes a
             negative_prompt, else 1. They are counted: a picture that takes more than announced is an error.
         decode: latents [1, ...] -> pictures, for previews. Default: pipe.vae with its scaling and shift, on 4-D latents.
@@ -63,11 +67,23 @@ class DiffusersGenerator:
             raise ValueError(f"{type(pipe).__name__} takes no prompt or no generator: it is no text-to-image pipeline")
         self.pipe, self.arguments, self.decode = pipe, arguments, decode
         self.steps = int(self._argument("num_inference_steps", 1))
-        self.can_pause = "callback_on_step_end" in known and "latents" in getattr(pipe, "_callback_tensor_inputs", ())
-        if getattr(pipe, "_all_hooks", None):  # offloading moves models away whenever a picture is done
-            self.can_pause = False
         guided = float(self._argument("guidance_scale", 1.0) or 1.0) > 1 and "negative_prompt" in known
         self._per_step = (2 if guided else 1) if evaluations is None else evaluations
+
+    @property
+    def can_pause(self) -> bool:
+        return self.no_pause() is None
+
+    def no_pause(self) -> str | None:
+        """Why it cannot pause, as the pipeline stands now; None: it can."""
+        known = inspect.signature(self.pipe.__call__).parameters
+        if "callback_on_step_end" not in known or "latents" not in getattr(self.pipe, "_callback_tensor_inputs", ()):
+            return "it has no step callback with latents"
+        if getattr(self.pipe, "_all_hooks", None):  # they are moved away whenever a picture is done
+            return "its models are offloaded"
+        if found := caches(self.pipe):
+            return f"it has caches whose state is one call's ({', '.join(found)})"
+        return None
 
     def _argument(self, name: str, missing: Any) -> Any:
         parameter = inspect.signature(self.pipe.__call__).parameters.get(name)
@@ -140,12 +156,7 @@ class DiffusersGenerator:
         return [run.finish() for run in state]
 
     def _require_pause(self) -> None:
-        if not self.can_pause:
-            why = (
-                "its models are offloaded"
-                if getattr(self.pipe, "_all_hooks", None)
-                else "it has no step callback with latents"
-            )
+        if (why := self.no_pause()) is not None:
             raise ValueError(f"{type(self.pipe).__name__} cannot pause: {why}; choose a policy without previews")
 
     @torch.no_grad()
@@ -155,7 +166,8 @@ class DiffusersGenerator:
         if latents.dim() != 4 or vae is None or scaling is None or processor is None:
             raise ValueError(f"give decode=: how {type(self.pipe).__name__} decodes its latents is not known")
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        pictures = vae.decode(latents.to(vae.dtype) / scaling + shift, return_dict=False)[0]
+        with using(vae):
+            pictures = vae.decode(latents.to(vae.dtype) / scaling + shift, return_dict=False)[0]
         return processor.postprocess(pictures, output_type="pil")
 
 
@@ -186,7 +198,13 @@ class _Run:
             self._thread = threading.Thread(target=self._body, daemon=True, name=f"picture {tuple(self.seed)}")
             self._thread.start()
         self._go.release()
-        self._back.acquire()
+        try:
+            self._back.acquire()
+        except (
+            BaseException
+        ):  # interrupted: the call ends at its next step, and takes away what it has put on the models
+            self.stop()
+            raise
         if self._error is not None:
             raise self._error
 
@@ -218,23 +236,47 @@ class _Run:
         self._back.release()
 
     def _call(self) -> Image.Image:
+        """The whole call; its parts are free again at the end and in every pause."""
+        self._turn = Turn(self.generator.pipe)
+        self._turn.begin()
+        try:
+            return self._picture_of(self.generator.pipe)
+        finally:
+            self._turn.end()
+
+    def _picture_of(self, shared: Any) -> Image.Image:
+        """One call of a shallow copy of the pipeline with a scheduler (and guider) of its own.
+
+        Of a pipeline with caches it is the pipeline itself: what tells them the timestep reads it there.
+        """
         generator = self.generator
-        pipe = copy.copy(generator.pipe)
-        pipe.scheduler = copy.deepcopy(pipe.scheduler)
-        pipe.set_progress_bar_config(disable=True)
+        cached, before = bool(caches(shared)), dict(vars(shared))
+        pipe = shared if cached else copy.copy(shared)
+        try:
+            if cached:
+                reset_caches(pipe)
+            for name, part in before.items():
+                if not isinstance(part, torch.nn.Module) and (
+                    hasattr(part, "set_timesteps") or hasattr(part, "set_state")
+                ):
+                    setattr(pipe, name, copy.deepcopy(part))
+            pipe.set_progress_bar_config(disable=True)
+            return self._called(generator, pipe)
+        finally:
+            if cached:
+                vars(pipe).clear()
+                vars(pipe).update(before)
+                reset_caches(pipe)
+
+    def _called(self, generator: DiffusersGenerator, pipe: Any) -> Image.Image:
         arguments = dict(generator.arguments)
         if generator.can_pause:
             self._watch(pipe.scheduler)
             arguments |= {"callback_on_step_end": self._callback, "callback_on_step_end_tensor_inputs": ["latents"]}
         denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-        counter = None if denoiser is None else denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
-        owner = threading.get_ident()
-        self._owner = owner
-        try:
-            out = pipe(self.prompt, generator=torch.Generator().manual_seed(self.seed.number()), **arguments)
-        finally:
-            if counter is not None:
-                counter.remove()
+        if denoiser is not None:  # until the turn ends
+            denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+        out = pipe(self.prompt, generator=torch.Generator().manual_seed(self.seed.number()), **arguments)
         allowed = generator.evaluations(0, generator.steps)
         if self._rows > allowed:
             raise ValueError(
@@ -244,17 +286,18 @@ class _Run:
         return out.images[0]
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == self._owner:  # paused pictures count on the same module
-            rows = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim())
-            self._rows += len(rows)
+        rows = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim())
+        self._rows += len(rows)
 
     def _callback(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self.step = index + 1
-        if self._target is not None and self.step >= self._target:
+        if self._target is not None and self.step >= self._target and not self._over:
+            self._turn.end()
             self._back.release()
             self._go.acquire()
-            if self._over:
-                raise _Stopped
+            self._turn.begin()
+        if self._over:
+            raise _Stopped
         return {}
 
     def _watch(self, scheduler: Any) -> None:

@@ -31,7 +31,9 @@ class Generator(Protocol):
     """
 
     steps: int
-    can_pause: bool
+
+    @property
+    def can_pause(self) -> bool: ...
 
     def check(self, prompts: Sequence[str]) -> None:
         """ValueError for a prompt that the model cannot read."""

@@ -263,7 +263,11 @@ def _check(
         raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
     kind = POLICIES[policy]
     if kind.previews and not generator.can_pause:
-        raise ValueError(f"{policy} needs previews, and {type(generator).__name__} says this pipeline cannot pause")
+        why = generator.no_pause() if isinstance(generator, DiffusersGenerator) else None
+        reason = "" if why is None else f": {why}"
+        raise ValueError(
+            f"{policy} needs previews, and {type(generator).__name__} says this pipeline cannot pause{reason}"
+        )
     if kind.threshold and stop_at is None:
         raise ValueError(f"{policy} needs stop_at, the score that is good enough")
     if stop_at is not None and not (policy in ("stop", "bandit") and math.isfinite(stop_at)):
