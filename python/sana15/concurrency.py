@@ -298,6 +298,8 @@ def lock_of(shared: Any) -> Any:
 def using(*shared: Any) -> Iterator[None]:
     """While it is open, no other thread uses these objects; in one order, so that nobody waits for each other."""
     with ExitStack() as stack:
-        for lock in sorted({id(lock): lock for lock in map(lock_of, shared)}.values(), key=id):
+        # A processor's lock is its tokenizer's, which may also be used alone.
+        locks = [lock_of(getattr(one, "tokenizer", one)) for one in shared]
+        for lock in sorted({id(lock): lock for lock in locks}.values(), key=id):
             stack.enter_context(lock)
         yield

@@ -44,5 +44,6 @@ def scene_batches(seed: int, batch_size: int, first: int, last: int, workers: in
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         persistent_workers=False,
+        generator=torch.Generator(),  # else it draws from the process's, between another training's first weights
     )
     return iter(loader)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
+from .concurrency import using
 from .export import Shown, result_row
 from .files import DataError, read_json
 from .redaction import said
@@ -155,17 +156,19 @@ def _transformers_clip(source: str, device: str) -> ClipColors:
     clip = ClipJudge.load(source, device)
 
     def pictures(crops: Sequence[Image.Image]) -> torch.Tensor:
-        given = clip.processor(text=["color"], images=list(crops), return_tensors="pt", padding=True)
+        with using(clip.processor):
+            given = clip.processor(text=["color"], images=list(crops), return_tensors="pt", padding=True)
         return clip.model(**given.to(clip.model.device)).image_embeds
 
     def texts(sentences: Sequence[str]) -> torch.Tensor:
-        given = clip.processor(
-            text=list(sentences),
-            images=[Image.new("RGB", (32, 32))],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-        )
+        with using(clip.processor):
+            given = clip.processor(
+                text=list(sentences),
+                images=[Image.new("RGB", (32, 32))],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+            )
         return clip.model(**given.to(clip.model.device)).text_embeds
 
     return ClipColors(pictures, texts)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import flow
+from .importance import Watched, with_blocks
 from .measuring import evaluating
 from .model import SanaTransformer
 
@@ -60,12 +61,16 @@ class Distillation:
             raise ValueError("the kept blocks are not those of a model pruned from this teacher")
         if student.config.width != teacher.config.width:
             raise ValueError(f"the teacher's width is {teacher.config.width}, the model's {student.config.width}")
-        self.teacher = teacher
         self._undo = ExitStack()
         self._undo.enter_context(evaluating(teacher))
         for parameter in teacher.parameters():
             self._undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
+        told = {*counterparts(kept, teacher.config.num_layers)}
+        self.teacher = with_blocks(teacher, [
+            Watched(block, lambda before, after: self.teacher_features.append(after)) if i in told else block
+            for i, block in enumerate(teacher.transformer_blocks)
+        ])  # fmt: skip
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.velocity = torch.empty(0)
         self.student_features: list[torch.Tensor] = []
@@ -76,12 +81,6 @@ class Distillation:
         ]
         for block in student.transformer_blocks:
             hooks.append(block.register_forward_hook(lambda _, inputs, output: self.student_features.append(output)))
-        for i in counterparts(kept, teacher.config.num_layers):
-            hooks.append(
-                teacher.transformer_blocks[i].register_forward_hook(
-                    lambda _, inputs, output: self.teacher_features.append(output)
-                )
-            )
         for hook in hooks:
             self._undo.callback(hook.remove)
 

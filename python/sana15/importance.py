@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,22 @@ class _Prefix(nn.Module):
         return self.x
 
 
+class Watched(nn.Module):
+    """Stands for a block in a view of its model and tells what goes in and what comes out.
+
+    A hook on the block itself would hear everybody who uses the model, in whatever thread, and change the block for them.
+    """
+
+    def __init__(self, block: nn.Module, tell: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__()
+        self.block, self.tell = block, tell
+
+    def forward(self, x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        out: torch.Tensor = self.block(x, *rest, **named)
+        self.tell(x, out)
+        return out
+
+
 @torch.no_grad()
 def batch_loss(model: SanaTransformer, batch: CalibrationBatch) -> torch.Tensor:
     """[B] flow loss of the batch's pictures at its noise level, the model in eval mode."""
@@ -175,16 +191,11 @@ def _cosines(model: SanaTransformer, batch: CalibrationBatch) -> torch.Tensor:
     """[L] sums over the batch of the tokens' mean of 1 - cosine, fp64."""
     sums: list[torch.Tensor] = []
 
-    def measure(block: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        before, after = inputs[0].double(), output.double()  # [B, N, C]
-        sums.append((1 - F.cosine_similarity(before, after, dim=-1)).mean(1).sum().cpu())
+    def measure(before: torch.Tensor, after: torch.Tensor) -> None:  # [B, N, C]
+        sums.append((1 - F.cosine_similarity(before.double(), after.double(), dim=-1)).mean(1).sum().cpu())
 
-    hooks = [block.register_forward_hook(measure) for block in model.transformer_blocks]
-    try:
-        model(batch.latents.to(model.proj_out.weight.dtype), batch.text, batch.timestep, batch.mask)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watched = with_blocks(model, [Watched(block, measure) for block in model.transformer_blocks])
+    watched(batch.latents.to(model.proj_out.weight.dtype), batch.text, batch.timestep, batch.mask)
     return torch.stack(sums)
 
 
@@ -192,12 +203,8 @@ def _losses(model: SanaTransformer, batch: CalibrationBatch) -> tuple[float, tor
     """Sums over the batch: the model's loss, and [L] without each block. The blocks before it are not run again."""
     blocks: list[Block] = list(model.transformer_blocks)  # type: ignore[arg-type]
     inputs: list[torch.Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
-    try:
-        base = batch_loss(model, batch).sum().item()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watched = with_blocks(model, [Watched(block, lambda before, after: inputs.append(before)) for block in blocks])
+    base = batch_loss(watched, batch).sum().item()
     without = []
     for i, x in enumerate(inputs):
         rest = with_blocks(model, [_Prefix(x), *blocks[i + 1 :]])

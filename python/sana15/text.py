@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .concurrency import using
 from .files import DataError, read_json, read_tensors, require_finite, write_durably, write_tensors
 from .measuring import evaluating
 from .redaction import said
@@ -53,7 +54,6 @@ class GemmaTextEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, instruction: str | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.tokenizer.padding_side = "right"
         self.width = model.config.hidden_size
         self.instruction = complex_human_instruction() if instruction is None else instruction
 
@@ -88,18 +88,20 @@ class GemmaTextEncoder:
     def encode(self, prompts: list[str], *, negative: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, 300, width] and mask [B, 300]; negative prompts go without the instruction."""
         prompts = [p.lower().strip() for p in prompts]
-        length = SELECTED_TOKENS
-        if not negative and self.instruction:
-            prompts = [self.instruction + p for p in prompts]
-            length = len(self.tokenizer.encode(self.instruction)) + SELECTED_TOKENS - 2
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        ).to(self.model.device)
+        with using(self.tokenizer):  # a fast one keeps padding and truncation of the call before, whoever made it
+            length = SELECTED_TOKENS
+            if not negative and self.instruction:
+                prompts = [self.instruction + p for p in prompts]
+                length = len(self.tokenizer.encode(self.instruction)) + SELECTED_TOKENS - 2
+            tokens = self.tokenizer(
+                prompts,
+                padding="max_length",
+                padding_side="right",
+                max_length=length,
+                truncation=True,
+                add_special_tokens=True,
+                return_tensors="pt",
+            ).to(self.model.device)
         with evaluating(self.model):
             hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         keep = [0, *range(-SELECTED_TOKENS + 1, 0)]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import sana_ext.optim
 
-from .concurrency import claiming, require_one_process
+from .concurrency import claiming, require_one_process, using
 from .data import Batch, scene_batches
 from .device import resolved
 from .files import DataError, replace_folder, staging, sync_folder, write_durably
@@ -107,8 +107,9 @@ def train(config: TrainConfig) -> Path:
     out, device = Path(config.out), resolved(config.device)
     out.mkdir(parents=True, exist_ok=True)
     _require_same_run(config, out)
-    torch.manual_seed(config.seed)
-    task = _task(config, device)
+    with using(torch.default_generator):  # two trainings of one process begin with their own weights
+        torch.manual_seed(config.seed)
+        task = _task(config, device)
     parameters = [p for p in task.module.parameters() if p.requires_grad]
     optimizer = make_optimizer(config, task.groups())
     average = Average(task.module, config.ema)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..concurrency import using
 from ..files import DataError
 from ..redaction import said
 from .base import Verdict
@@ -39,10 +40,11 @@ class ClipJudge:
     @torch.no_grad()
     def judge(self, pictures: Sequence[Image.Image], line: Mapping[str, Any]) -> list[Verdict]:
         longest = self.model.config.text_config.max_position_embeddings
-        given = self.processor(
-            text=[line["prompt"]], images=[picture.convert("RGB") for picture in pictures], return_tensors="pt",
-            padding=True, truncation=True, max_length=longest,
-        ).to(self.model.device)  # fmt: skip
+        with using(self.processor):  # its tokenizer keeps padding and truncation of the call before
+            given = self.processor(
+                text=[line["prompt"]], images=[picture.convert("RGB") for picture in pictures], return_tensors="pt",
+                padding=True, truncation=True, max_length=longest,
+            ).to(self.model.device)  # fmt: skip
         out = self.model(**given)
         cosine = torch.nn.functional.cosine_similarity(out.image_embeds.double(), out.text_embeds.double())
         return [Verdict(100 * score) for score in cosine.tolist()]

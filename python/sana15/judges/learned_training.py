@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from tqdm import tqdm
 
 from ..autoencoder import Autoencoder
-from ..concurrency import claimed, require_one_process
+from ..concurrency import claimed, require_one_process, using
 from ..pipeline import MINI
 from ..scenes.corrupt import KINDS, MALFORMED, wrong_spec
 from ..scenes.render import render
@@ -134,8 +134,9 @@ def train(
 ) -> LearnedJudge:  # fmt: skip
     """A judge after `steps` steps of AdamW, warmed up and then cooled down to zero along a cosine."""
     require_one_process("training a judge")
-    torch.manual_seed(seed)
-    network = Detector(width, blocks)
+    with using(torch.default_generator):
+        torch.manual_seed(seed)
+        network = Detector(width, blocks)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
     warm_up = max(steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..concurrency import using
 from ..files import DataError
 from ..redaction import said
 from .base import Verdict
@@ -49,10 +50,11 @@ class VisionLanguageJudge:
     @torch.no_grad()
     def _one(self, picture: Image.Image, prompt: str) -> Verdict:
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question(prompt)}]
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt",
-        ).to(self.model.device)  # fmt: skip
+        with using(self.processor):  # its tokenizer keeps padding and truncation of the call before
+            inputs = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+                return_tensors="pt",
+            ).to(self.model.device)  # fmt: skip
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         logs = self.model(**inputs).logits[0, -1].double().log_softmax(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -179,7 +180,7 @@ def search(
         for index in mine:
             for folder in ("candidates", "picks"):
                 _remove(picture_path(root / folder, index, 0).parent.glob(".*.partial"))
-        with _threads(threads):
+        with _thread_count.of(threads):
             found = _run(searches, policy, stop_at, progress)
         for f in found:
             for place, c in enumerate(f.picked):
@@ -326,15 +327,42 @@ def _claim(root: Path, settings: dict[str, Any], device: str) -> int:
     return threads
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Library products give the same bits only with the same number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class _ThreadCount:
+    """The number of threads of torch, one for the whole process: library products give the same bits only with the same one.
+
+    Searches that find their own number run side by side; one that must change it runs alone.
+    """
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._sharing, self._alone = 0, False
+
+    @contextmanager
+    def of(self, count: int) -> Iterator[None]:
+        with self._change:
+            self._change.wait_for(lambda: not self._alone)
+            before = torch.get_num_threads()
+            if before == count:
+                self._sharing += 1
+            else:
+                self._alone = True
+                self._change.wait_for(lambda: not self._sharing)
+        try:
+            if before != count:
+                torch.set_num_threads(count)
+            yield
+        finally:
+            if before != count:
+                torch.set_num_threads(before)
+            with self._change:
+                if before == count:
+                    self._sharing -= 1
+                else:
+                    self._alone = False
+                self._change.notify_all()
+
+
+_thread_count = _ThreadCount()
 
 
 def _remove(paths: Iterable[Path]) -> None:
