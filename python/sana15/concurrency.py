@@ -78,7 +78,7 @@ def claimed(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
         return
     missing = _missing(folder)
     with ExitStack() as stack:
-        stack.callback(_unmake, missing)
+        stack.push(functools.partial(_unmake_refused, missing))
         stack.enter_context(
             _until_settled(lambda: _working_in(folder, given, shared), lambda: shared or not folder.is_dir())
         )
@@ -237,6 +237,12 @@ def _is(descriptor: int, path: Path) -> bool:
 def _missing(folder: Path) -> list[Path]:
     """Of a folder and its parents the ones that are missing, the innermost first."""
     return [at for at in (folder, *folder.parents) if not at.exists()]
+
+
+def _unmake_refused(made: Iterable[Path], kind: type[BaseException] | None, *_: Any) -> None:
+    """After a run that had nothing to do or was refused; a run that began and failed keeps its folder."""
+    if kind is None or issubclass(kind, (ValueError, FileNotFoundError)):
+        _unmake(made)
 
 
 def _unmake(made: Iterable[Path]) -> None:
