@@ -86,7 +86,11 @@ def test_dynamic_takes_the_nearest_value(signed, block_size):
     assert torch.equal(scales, torch.stack([block.abs().max() for block in x.split(block_size)]))
     table = reference.dynamic_table(signed).double()
     scaled = x.double() / scales.repeat_interleave(block_size)[:3001].double()
-    best = (scaled[:, None] - table).abs().min(1).values
+    # A positive second moment may not take the value 0.
+    distances = (scaled[:, None] - table).abs()
+    if not signed:
+        distances[:, 0] = torch.where(x > 0, torch.inf, distances[:, 0])
+    best = distances.min(1).values
     taken = (scaled - table[codes.long()]).abs()
     assert (taken <= best + 1e-7 * scaled.abs()).all()
     back = reference.dequantize(codes, scales, block_size, kind)
@@ -122,9 +126,14 @@ def test_linear_is_a_rounded_line():
     assert scales.shape == (3, 2)
     assert codes.dtype == torch.uint8
     for i, block in enumerate(x.split(2048)):
-        low, step = block.min(), (block.max() - block.min()) / 255
-        assert scales[i].tolist() == [low, step]
-        assert (codes.split(2048)[i] == torch.round((block - low) / step)).float().mean() > 0.9999
+        low, step = scales[i]
+        assert step == (block.max() - block.min()) / 254  # 0 is one of the values
+        assert (low - block.min()).abs() <= step / 2
+        assert (codes.split(2048)[i] == torch.round((block - low) / step).clamp(0, 255)).float().mean() > 0.9999
+    positive = x.abs() + 1e-3
+    _, one_sided = reference.quantize(positive, 2048, "linear")
+    for i, block in enumerate(positive.split(2048)):
+        assert one_sided[i].tolist() == [block.min(), (block.max() - block.min()) / 255]
     back = reference.dequantize(codes, scales, 2048, "linear")
     assert ((back - x).abs() <= 0.5001 * scales[:, 1].repeat_interleave(2048)[:5000] + 1e-6 * x.abs()).all()
     halves, _ = reference.quantize(torch.tensor([0.0, 0.5, 1.5, 2.5, 255.0]), 5, "linear")
@@ -172,7 +181,8 @@ def test_a_state_is_always_finite(kind):
     largest = torch.tensor(2.0**100)
     assert torch.allclose(back[[1, 3]], largest.expand(2), rtol=1e-6)
     tolerance = 2.0**100 / 200 if kind == "linear" else 0.0
-    assert back[[0, 2, 4]].abs().max() <= tolerance
+    tiny = reference.dynamic_table(False)[1] * largest if kind == UNSIGNED else 0.0
+    assert (back[[0, 2, 4]].abs() - torch.tensor([0.0, tiny, tiny])).max() <= tolerance
     # A NaN alone is a zero and costs its neighbours nothing.
     alone = torch.tensor([torch.nan, 0.25, 1.0])
     back = reference.dequantize(*reference.quantize(alone, 256, kind), 256, kind)
@@ -186,6 +196,10 @@ def test_tiny_blocks_are_zeros(kind):
     for magnitude in (2.0**-101, 1e-38, 1e-44):
         x = torch.tensor([0.0, magnitude / 2, magnitude])
         codes, scales = reference.quantize(x, 256, kind)
+        if kind == UNSIGNED:  # positive values stay positive
+            assert scales == 2.0**-100
+            assert torch.equal(codes > 0, x > 0)
+            continue
         assert (scales == 0).all()
         assert (reference.dequantize(codes, scales, 256, kind) == 0).all()
     x = torch.tensor([0.0, 2.0**-92])

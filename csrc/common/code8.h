@@ -107,9 +107,11 @@ SANA_EXT_HOST_DEVICE inline uint8_t encode_signed(const Code& t, float x) {
   const int k = encode_magnitude(t, x < 0 ? -x : x);
   return static_cast<uint8_t>(x < 0 ? kCodeZero - (k < kCodeZero ? k : kCodeZero) : kCodeZero + k);
 }
+// A positive value never takes the code of 0, even where value * inverse does or underflows.
 template <class Code>
-SANA_EXT_HOST_DEVICE inline uint8_t encode_unsigned(const Code& t, float x) {
-  return static_cast<uint8_t>(encode_magnitude(t, x));
+SANA_EXT_HOST_DEVICE inline uint8_t encode_unsigned(const Code& t, float value, float inverse) {
+  const int k = encode_magnitude(t, value * inverse);
+  return static_cast<uint8_t>(k == 0 && value > 0 ? 1 : k);
 }
 SANA_EXT_HOST_DEVICE inline float decode_signed(const DynamicCode& t, uint8_t code) {
   return code >= kCodeZero ? t.magnitude[code - kCodeZero] : -t.magnitude[kCodeZero - code];
@@ -125,10 +127,27 @@ SANA_EXT_HOST_DEVICE inline float saturated(float x) {
 // The scale of a block from its largest saturated magnitude (dynamic) or from its step (linear), and 1 / scale.
 SANA_EXT_HOST_DEVICE inline float code_scale(float largest) { return largest < kCodeSmallest ? 0.0f : largest; }
 SANA_EXT_HOST_DEVICE inline float code_inverse(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
+// The scale of a block of the unsigned code: 0 only where all values are.
+SANA_EXT_HOST_DEVICE inline float unsigned_code_scale(float largest) {
+  return largest > 0 && largest < kCodeSmallest ? kCodeSmallest : largest;
+}
 
-// Linear code: x saturated, step = code_scale((high - low) / 255), inverse = code_inverse(step). No product here feeds
-// an addition, so no compiler can fuse it and round otherwise.
-SANA_EXT_HOST_DEVICE inline float linear_step(float low, float high) { return code_scale((high - low) / 255.0f); }
+// Linear code: x saturated, step = linear_step(low, high), inverse = code_inverse(step), low = linear_low(low, high,
+// step). No product here feeds an addition, so no compiler can fuse it and round otherwise. Where 0 lies between low
+// and high it is one of the values.
+SANA_EXT_HOST_DEVICE inline bool crosses_zero(float low, float high) { return low < 0 && high > 0; }
+SANA_EXT_HOST_DEVICE inline float linear_step(float low, float high) {
+  return code_scale((high - low) / (crosses_zero(low, high) ? 254.0f : 255.0f));
+}
+SANA_EXT_HOST_DEVICE inline float linear_low(float low, float high, float step) {
+  if (!crosses_zero(low, high)) return low;
+  const float t = -low * code_inverse(step);
+#ifdef __CUDA_ARCH__
+  return -(rintf(t) * step);
+#else
+  return -(__builtin_rintf(t) * step);  // halves to even
+#endif
+}
 SANA_EXT_HOST_DEVICE inline uint8_t encode_linear(float x, float low, float inverse) {
   const float t = (x - low) * inverse;
 #ifdef __CUDA_ARCH__
@@ -138,8 +157,10 @@ SANA_EXT_HOST_DEVICE inline uint8_t encode_linear(float x, float low, float inve
 #endif
   return static_cast<uint8_t>(code < 0 ? 0 : code > 255 ? 255 : code);
 }
+constexpr float kLinearRounding = 0x1p-10f;  // of a step: less than this is 0, whether the sum is fused or not
 SANA_EXT_HOST_DEVICE inline float decode_linear(uint8_t code, float low, float step) {
-  return static_cast<float>(code) * step + low;
+  const float value = static_cast<float>(code) * step + low, least = step * kLinearRounding;
+  return value < least && value > -least ? 0.0f : value;
 }
 
 }  // namespace sana_ext

@@ -30,7 +30,8 @@ struct AdamParameter {
     return quantised ? decode_signed(kSignedCode, codes1[i]) * absmax1[i / kStateBlock] : m[i];
   }
   double second(int64_t i) const {
-    return quantised ? decode_unsigned(kUnsignedCode, codes2[i]) * absmax2[i / kStateBlock] : v[i];
+    const uint8_t code = quantised && codes2[i] == 0 && first(i) != 0 ? 1 : quantised ? codes2[i] : 0;
+    return quantised ? decode_unsigned(kUnsignedCode, code) * absmax2[i / kStateBlock] : v[i];
   }
   void* state1() { return quantised ? static_cast<void*>(codes1.data()) : m.data(); }
   void* state2() { return quantised ? static_cast<void*>(codes2.data()) : v.data(); }
@@ -73,7 +74,8 @@ inline void check_step(const AdamParameter& before, const AdamParameter& after, 
     for (int64_t i = begin; i < end; ++i) {
       const float x = static_cast<float>(m[i - begin] / top1), y = static_cast<float>(v[i - begin] / top2);
       CHECK(std::abs(after.codes1[i] - encode_signed(kSignedCode, x)) <= 1);
-      CHECK(std::abs(after.codes2[i] - encode_unsigned(kUnsignedCode, y)) <= 1);
+      CHECK(std::abs(after.codes2[i] - encode_unsigned(kUnsignedCode, y, 1.0f)) <= 1);
+      CHECK((after.codes2[i] == 0) == (v[i - begin] == 0));
       // To half the distance of two values in the top decade, and a little.
       CHECK_CLOSE(after.first(i), m[i - begin], 0.0071 * top1);
       CHECK_CLOSE(after.second(i), v[i - begin], 0.0036 * top2);

@@ -75,37 +75,40 @@ void signs_and_specials() {
   Random random(1);
   for (int i = 0; i < 200000; ++i) {
     const float x = bits_float(random.bits() % 0x3f800001u);  // any magnitude up to 1, most of them tiny
-    CHECK(encode_unsigned(kUnsigned, x) == search(kUnsigned, x));
-    CHECK(encode_unsigned(kUnsigned, -x) == 0);
+    CHECK(encode_unsigned(kUnsigned, x, 1.0f) == std::max(search(kUnsigned, x), x > 0 ? 1 : 0));
+    CHECK(encode_unsigned(kUnsigned, -x, 1.0f) == 0);
     CHECK(encode_signed(kSigned, x) == kCodeZero + search(kSigned, x));
     CHECK(encode_signed(kSigned, -x) == kCodeZero - std::min(search(kSigned, x), kCodeZero));
   }
   for (int code = 0; code < 256; ++code) {
     const auto byte = static_cast<uint8_t>(code);
     CHECK(encode_signed(kSigned, decode_signed(kSigned, byte)) == code);
-    CHECK(encode_unsigned(kUnsigned, decode_unsigned(kUnsigned, byte)) == code);
+    CHECK(encode_unsigned(kUnsigned, decode_unsigned(kUnsigned, byte), 1.0f) == code);
   }
   const float nan = bits_float(0x7fc00000u);
-  CHECK(encode_signed(kSigned, nan) == kCodeZero && encode_unsigned(kUnsigned, nan) == 0);
+  CHECK(encode_signed(kSigned, nan) == kCodeZero && encode_unsigned(kUnsigned, nan, 1.0f) == 0);
+  CHECK(encode_unsigned(kUnsigned, 1e-30f, 1e-20f) == 1);  // the product underflows
   CHECK(encode_signed(kSigned, -0.0f) == kCodeZero);
   CHECK(saturated(nan) == 0 && saturated(HUGE_VALF) == kCodeLargest && saturated(-HUGE_VALF) == -kCodeLargest);
   CHECK(saturated(kCodeLargest) == kCodeLargest && saturated(-1.5f) == -1.5f);
   CHECK(code_scale(0x1.fffffep-101f) == 0 && code_scale(kCodeSmallest) == kCodeSmallest);
+  CHECK(unsigned_code_scale(0) == 0 && unsigned_code_scale(1e-44f) == kCodeSmallest && unsigned_code_scale(2) == 2);
   CHECK(code_inverse(0) == 0 && code_inverse(kCodeLargest) == kCodeSmallest);
 }
 
 void linear() {
   Random random(2);
   for (int i = 0; i < 20000; ++i) {
-    const float low = random(),
-                high = low + (random() + 2) * std::ldexp(1.0f, static_cast<int>(random.bits() % 40) - 30);
-    const float step = linear_step(low, high), inverse = code_inverse(step);
-    CHECK(encode_linear(low, low, inverse) == 0);
+    const float least = random(),
+                high = least + (random() + 2) * std::ldexp(1.0f, static_cast<int>(random.bits() % 40) - 30);
+    const float step = linear_step(least, high), inverse = code_inverse(step), low = linear_low(least, high, step);
+    CHECK(encode_linear(least, low, inverse) == 0);
     if (step == 0) continue;
-    CHECK(encode_linear(high, low, inverse) == 255);
-    const float x = low + (high - low) * (random() + 2) / 4;
+    CHECK(encode_linear(high, low, inverse) >= (crosses_zero(least, high) ? 254 : 255));
+    const float x = least + (high - least) * (random() + 2) / 4;
     const uint8_t code = encode_linear(x, low, inverse);
     CHECK_CLOSE(decode_linear(code, low, step), x, step * 0.5001 + 3e-7 * std::abs(x));
+    if (crosses_zero(least, high)) CHECK(decode_linear(encode_linear(0.0f, low, inverse), low, step) == 0);
   }
   CHECK(encode_linear(0.5f, 0, 1) == 0 && encode_linear(1.5f, 0, 1) == 2 && encode_linear(2.5f, 0, 1) == 2);
   CHECK(linear_step(3, 3) == 0 && decode_linear(0, 3, 0) == 3);

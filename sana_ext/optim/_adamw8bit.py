@@ -30,6 +30,10 @@ class AdamW8bit(Optimizer8bit):
     sharded one (FSDP2) whose shards are not whole blocks of 256 values. torch.distributed.checkpoint re-shards states of either
     kind; it cannot turn one into the other, and the attempt ends with an error.
 
+    It differs from bitsandbytes in one thing: a positive second moment is never stored as 0. Below 1.6e-7 of its block's
+    largest it takes the smallest positive code; stored as 0 beside a first moment that is not, it would turn the next steps of
+    a rarely seen value into hundreds of times the rate. A second moment that bitsandbytes stored as 0 is read that way, too.
+
     ``load_state_dict`` also takes what bitsandbytes' AdamW8bit saved; ``bitsandbytes_state_dict`` writes what it loads.
 
     Args:

@@ -35,7 +35,8 @@ class CAME8bit(Optimizer8bit):
         eps: added to the squared gradient and to the squared residual.
         clip_threshold: largest rms of a parameter's update, before the momentum.
         weight_decay: decoupled: ``p -= lr * weight_decay * p`` first.
-        code: "2048-linear" (the paper's minimum-maximum code, blocks of 2048 values), "256-dynamic" (signed dynamic code,
+        code: "2048-linear" (the paper's minimum-maximum code, blocks of 2048 values, with 0 as one of
+            its values), "256-dynamic" (signed dynamic code,
             blocks of 256 values), or None: the first moment in fp32. A block ends where a row does: a row is cut into
             as many equal pieces as it has whole blocks; rows of fewer than 64 values share one. After 40 steps on
             synthetic gradients of 1120 x 2240 values the first moment was off by 1.8 % (linear) and 2.5 % (dynamic),

@@ -6,8 +6,10 @@ With g the gradient times `factor`, at step t (from 1), decoupled weight decay (
     p <- p (1 - lr weight_decay)
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-m and v are decoded from bytes before and encoded after; the parameter moves by the fresh values. A bf16 parameter is rounded once,
-after both lines. ``bitsandbytes_cuda`` is the order of bitsandbytes' CUDA kernel (its CPU code has the order above):
+m and v are decoded from bytes before and encoded after; the parameter moves by the fresh values. A positive v never becomes 0 (see
+`code8`), and a v of 0 beside an m that is not, as bitsandbytes stores it, counts as the smallest value of its block. A bf16
+parameter is rounded once, after both lines. ``bitsandbytes_cuda`` is the order of bitsandbytes' CUDA kernel (its CPU code has the
+order above):
 
     p <- round(p - lr sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + sqrt(1 - beta2^t) eps));  p <- round(p (1 - lr weight_decay))
 
@@ -80,6 +82,9 @@ def adamw8bit(
     acc = torch.float32 if quantised else state1.dtype
     m = code8.dequantize(state1, absmax1, BLOCK, "dynamic") if quantised else state1
     v = code8.dequantize(state2, absmax2, BLOCK, "dynamic-unsigned") if quantised else state2
+    if quantised:
+        least = code8.dequantize(torch.ones_like(state2), absmax2, BLOCK, "dynamic-unsigned")
+        v = torch.where(m != 0, torch.maximum(v, least), v)
     value, m, v = adamw(p.to(acc), grad.to(acc), m, v, h, bitsandbytes_cuda, p.dtype)
     p.copy_(round_by_chance(value, seed) if seed >= 0 and p.dtype == torch.bfloat16 else value)
     if not quantised:

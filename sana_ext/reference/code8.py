@@ -5,8 +5,10 @@ Each value becomes one byte, each block one or two fp32 scales. Three codes:
 
 ``dynamic``           signed; value = table[byte] * scale, scale = the block's largest magnitude. The table has 0, +1 and, in each of
                       seven decades (10^(d-7), 10^(d-6)], d = 0..6, 2^d evenly spaced values and their negatives
-``dynamic-unsigned``  the same for values >= 0, with 2^(d+1) values a decade; a negative value is stored as 0
-``linear``            value = byte * step + low, scales = (low, step), low = the block's minimum, step = (maximum - minimum) / 255
+``dynamic-unsigned``  the same for values >= 0, with 2^(d+1) values a decade; a negative value is stored as 0, a positive one never
+``linear``            value = byte * step + low, scales = (low, step), low = the block's minimum, step = (maximum - minimum) / 255;
+                      where 0 lies between them step = (maximum - minimum) / 254, and low is the multiple of step nearest to
+                      the minimum, so that 0 is one of the values
 
 ``dynamic`` with blocks of 256 is the code of bitsandbytes' 8-bit optimizers (arXiv:2110.02861); ``linear`` with blocks of 2048
 consecutive values is that of the SANA-1.5 paper (arXiv:2501.18427). ``CODES`` names these two. Rules that hold for all:
@@ -15,8 +17,13 @@ consecutive values is that of the SANA-1.5 paper (arXiv:2501.18427). ``CODES`` n
   on a border takes the neighbour nearer to 0; linear rounds ``(value - low) * (1 / step)`` to the nearest integer, halves to even.
 - A state is always finite: NaN is stored as 0, and a magnitude above 2^100, infinity too, as 2^100.
 - A block without any magnitude of at least 2^-100 is stored as zeros with scale 0; under ``linear`` a block whose step is below 2^-100
-  is stored as its minimum with step 0. So neither subnormal numbers nor 0/0 appear.
+  is stored as its minimum with step 0. So neither subnormal numbers nor 0/0 appear. ``dynamic-unsigned`` has a scale of at least
+  2^-100 wherever a value is positive.
+- ``dynamic-unsigned`` stores a positive value below the first border, 1.6e-7 of the scale, as the smallest positive one, 3.25e-7 of
+  it. Second moments of 0 would leave steps of m / eps. bitsandbytes stores 0 there; the tables are the same.
 - Under a scale of 0 every byte means 0: a state of zero bytes and zero scales is a tensor of zeros.
+- ``linear`` reads a value below step / 1024, the rounding of the sum, as 0. A moment of 0 that came back as half a step would move
+  what never had a gradient, since what CAME divides by is as small.
 - A tensor of no elements has no blocks.
 """
 
@@ -32,6 +39,7 @@ KINDS = ("dynamic", "dynamic-unsigned", "linear")
 LARGEST, SMALLEST = 2.0**100, 2.0**-100
 _DECADES = 7
 _ZERO = 127  # the byte of 0 in the signed table
+_ROUNDING = 2.0**-10  # of a linear step
 
 
 @cache
@@ -80,14 +88,21 @@ def quantize(x: torch.Tensor, block_size: int, code: str) -> tuple[torch.Tensor,
     # The tail is filled up with its last value, which changes neither minimum nor maximum.
     rows = torch.cat([flat, flat[-1:].expand(blocks * block_size - flat.numel())]).view(blocks, block_size)
     if code == "linear":
-        low, step = rows.amin(1), (rows.amax(1) - rows.amin(1)) / flat.new_tensor(255.0)
+        low, high = rows.amin(1), rows.amax(1)
+        crosses = (low < 0) & (high > 0)
+        step = (high - low) / torch.where(crosses, flat.new_tensor(254.0), flat.new_tensor(255.0))
         step = torch.where(step < SMALLEST, 0.0, step)
+        low = torch.where(crosses, -(torch.round(-low * _inverse(step)) * step), low)
         bytes_ = torch.round((rows - low[:, None]) * _inverse(step)[:, None]).clamp(0, 255)
         scales = torch.stack([low, step], dim=1)
     else:
         absmax = rows.abs().amax(1)
-        scales = torch.where(absmax < SMALLEST, 0.0, absmax)
-        bytes_ = encode_dynamic(rows * _inverse(scales)[:, None], signed=code == "dynamic")
+        signed = code == "dynamic"
+        tiny = torch.where(absmax > 0, absmax.new_tensor(0.0 if signed else SMALLEST), 0.0)
+        scales = torch.where(absmax < SMALLEST, tiny, absmax)
+        bytes_ = encode_dynamic(rows * _inverse(scales)[:, None], signed)
+        if not signed:
+            bytes_ = torch.where(rows > 0, bytes_.clamp(min=1), bytes_)
     return bytes_.to(torch.uint8).flatten()[: flat.numel()].view(x.shape), scales
 
 
@@ -104,13 +119,17 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, block_size: int, code:
     each = scales.repeat_interleave(block_size, dim=0)[: flat.numel()]
     if code == "linear":
         values = flat.to(torch.float32) * each[:, 1] + each[:, 0]
+        values = torch.where(values.abs() < each[:, 1] * _ROUNDING, 0.0, values)
     else:
         values = dynamic_table(code == "dynamic").to(codes.device)[flat.long()] * each
     return values.view(codes.shape)
 
 
 def encode_dynamic(x: torch.Tensor, signed: bool) -> torch.Tensor:
-    """The bytes (as int64) of the table's values nearest to x, finite fp32 between -1 and 1, by search in the table."""
+    """The bytes (as int64) of the table's values nearest to x, finite fp32 between -1 and 1, by search in the table.
+
+    Those of positive values that are not to become 0 are ``quantize``'s.
+    """
     borders = _borders(signed).to(x.device)
     if not signed:
         return torch.bucketize(x, borders)  # how many borders lie below x

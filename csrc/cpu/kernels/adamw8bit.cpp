@@ -117,12 +117,12 @@ SANA_EXT_INLINE void store_state(void* state, float* absmax, Block& b, float* fr
   store(lanes, top[0]);
   float largest = 0;
   for (int i = 0; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  const float scale = code_scale(largest), inverse = code_inverse(scale);
+  const float scale = kSigned ? code_scale(largest) : unsigned_code_scale(largest), inverse = code_inverse(scale);
   absmax[at / kBlock] = scale;
   uint8_t* codes = n < kBlock ? b.codes : static_cast<uint8_t*>(state) + at;
   for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const auto x = load(from + i) * inverse;
-    store_bytes(codes + i, kSigned ? encode_signed(x) : encode_unsigned(x));
+    const auto x = load(from + i);
+    store_bytes(codes + i, kSigned ? encode_signed(x * inverse) : encode_unsigned(x, inverse));
   }
   if (keep_sign)
     for (int64_t i = 0; i < n; ++i) codes[i] = codes[i] == kCodeZero && from[i] < 0 ? kCodeZero - 1 : codes[i];
@@ -137,11 +137,14 @@ SANA_EXT_INLINE void store_parameter(Ptr to, const float* p, int64_t at, int64_t
         float_to_bfloat16_by_chance(p[i], random_bits(static_cast<uint32_t>(at + i), static_cast<uint32_t>(seed)));
 }
 
-SANA_EXT_INLINE void update(float* p, const float* g_at, float* m_at, float* v_at, const AdamW8bitHyper& h, bool after,
-                            bool bf16) {
+// Beside an m that is not 0, v is at least `least`.
+SANA_EXT_INLINE void update(float* p, const float* g_at, float* m_at, float* v_at, float least, const AdamW8bitHyper& h,
+                            bool after, bool bf16) {
   for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const auto g = load(g_at + i) * h.factor;
-    const auto m = load(m_at + i) * h.beta1 + g * h.rest1, v = load(v_at + i) * h.beta2 + g * g * h.rest2;
+    const auto g = load(g_at + i) * h.factor, old_m = load(m_at + i);
+    auto old_v = load(v_at + i);
+    old_v = old_m != 0.0f ? at_least(old_v, least) : old_v;
+    const auto m = old_m * h.beta1 + g * h.rest1, v = old_v * h.beta2 + g * g * h.rest2;
     store(m_at + i, m);
     store(v_at + i, v);
     const auto step = m / (square_root(v) * h.root + h.eps) * h.size;
@@ -166,7 +169,8 @@ void adamw8bit_step(const AdamW8bit& a, int64_t begin, int64_t end) {
     if (!direct_g) load_block(b.g, t.g, at, n);
     load_state<true>(b.m, b, t.state1, t.absmax1, at, n);
     load_state<false>(b.v, b, t.state2, t.absmax2, at, n);
-    update(p, g, b.m, b.v, t.h, a.bitsandbytes_cuda, t.p.dtype == Dtype::kBFloat16);
+    const float least = t.absmax2 == nullptr ? 0.0f : kUnsignedCode.magnitude[1] * t.absmax2[at / kBlock];
+    update(p, g, b.m, b.v, least, t.h, a.bitsandbytes_cuda, t.p.dtype == Dtype::kBFloat16);
     if (!direct_p) store_parameter(t.p, b.p, at, n, t.seed);
     store_state<true>(t.state1, t.absmax1, b, b.m, at, n, a.bitsandbytes_cuda);
     store_state<false>(t.state2, t.absmax2, b, b.v, at, n, false);

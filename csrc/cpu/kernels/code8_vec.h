@@ -100,15 +100,21 @@ SANA_EXT_INLINE Vec<int32_t> encode_signed(Vec<float> x) {
   const Vec<int32_t> zero = Vec<int32_t>{} + kCodeZero;
   return x < 0.0f ? zero - (k < zero ? k : zero) : zero + k;
 }
-SANA_EXT_INLINE Vec<int32_t> encode_unsigned(Vec<float> x) { return encode_magnitude(kUnsignedCode, x); }
+SANA_EXT_INLINE Vec<int32_t> encode_unsigned(Vec<float> value, float inverse) {
+  const Vec<int32_t> k = encode_magnitude(kUnsignedCode, value * inverse);
+  return k - ((k == 0) & (value > 0.0f));
+}
 
 // One block of n values: codes -> values.
 inline void decode_block(const uint8_t* codes, const float* scales, bool linear, int64_t n, float* values) {
   int64_t i = 0;
   if (linear) {
     const float low = scales[0], step = scales[1];
-    for (; i + kLanes <= n; i += kLanes)
-      store(values + i, __builtin_convertvector(load_bytes(codes + i), Vec<float>) * step + low);
+    const Vec<float> least = broadcast(step * kLinearRounding);
+    for (; i + kLanes <= n; i += kLanes) {
+      const Vec<float> value = __builtin_convertvector(load_bytes(codes + i), Vec<float>) * step + low;
+      store(values + i, (value < least) & (value > -least) ? Vec<float>{} : value);
+    }
     for (; i < n; ++i) values[i] = decode_linear(codes[i], low, step);
     return;
   }
@@ -142,10 +148,11 @@ inline void encode_block(float* values, bool linear, int64_t n, uint8_t* codes, 
   i = 0;
   if (linear) {
     const float step = linear_step(low, high), inverse = code_inverse(step);
+    low = linear_low(low, high, step);
     scales[0] = low, scales[1] = step;
     for (; i + kLanes <= n; i += kLanes) {
       Vec<int32_t> code = round_to_int((load(values + i) - low) * inverse);
-      code = code > 255 ? Vec<int32_t>{} + 255 : code;  // never below 0
+      code = code > 255 ? Vec<int32_t>{} + 255 : code < 0 ? Vec<int32_t>{} : code;
       store_bytes(codes + i, code);
     }
     for (; i < n; ++i) codes[i] = encode_linear(values[i], low, inverse);

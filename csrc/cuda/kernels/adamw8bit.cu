@@ -15,8 +15,8 @@ __device__ inline void load_floats(const void* data, bool bf16, int64_t i, int c
   unpack_values(load_values(data, bf16, i, count, whole), bf16, v);
 }
 
-// The scale of the warp's block from the values, which become finite.
-__device__ inline float scale_of(float (&v)[kValues]) {
+// The largest magnitude of the warp's block; its values become finite.
+__device__ inline float largest_of(float (&v)[kValues]) {
   float largest = 0.0f;
 #pragma unroll
   for (int j = 0; j < kValues; ++j) {
@@ -29,7 +29,7 @@ __device__ inline float scale_of(float (&v)[kValues]) {
     const float other = __shfl_xor_sync(kAllLanes, largest, apart);
     largest = other > largest ? other : largest;
   }
-  return code_scale(largest);
+  return largest;
 }
 
 // The tensor of a block, searched among all of them.
@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads) adamw8bit_step_kernel(AdamW8bitLaunc
         const int k = static_cast<int>(codes1 >> 8 * j & 0xff) - kCodeZero;
         const float magnitude = code1.magnitude[k < 0 ? -k : k];
         m[j] = (k < 0 ? -magnitude : magnitude) * scale1;
-        v[j] = code2.magnitude[static_cast<int>(codes2 >> 8 * j & 0xff)] * scale2;
+        const int k2 = static_cast<int>(codes2 >> 8 * j & 0xff);
+        v[j] = code2.magnitude[k2 == 0 && m[j] != 0.0f ? 1 : k2] * scale2;
       }
     } else {
       load_floats(t.state1, false, i, count, whole, m);
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) adamw8bit_step_kernel(AdamW8bitLaunc
       store_floats(static_cast<float*>(t.state2), i, count, whole, v);
       return;
     }
-    const float scale1 = scale_of(m), scale2 = scale_of(v);
+    const float scale1 = code_scale(largest_of(m)), scale2 = unsigned_code_scale(largest_of(v));
     const float inverse1 = code_inverse(scale1), inverse2 = code_inverse(scale2);
     uint64_t codes1 = 0, codes2 = 0;
 #pragma unroll
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) adamw8bit_step_kernel(AdamW8bitLaunc
       uint64_t code = encode_signed(code1, m[j] * inverse1);
       if (a.bitsandbytes_cuda && code == kCodeZero && m[j] < 0.0f) code = kCodeZero - 1;
       codes1 |= code << 8 * j;
-      codes2 |= static_cast<uint64_t>(encode_unsigned(code2, v[j] * inverse2)) << 8 * j;
+      codes2 |= static_cast<uint64_t>(encode_unsigned(code2, v[j], inverse2)) << 8 * j;
     }
     store_codes(static_cast<uint8_t*>(t.state1), i, count, whole, codes1);
     store_codes(static_cast<uint8_t*>(t.state2), i, count, whole, codes2);

@@ -174,8 +174,9 @@ __global__ void __launch_bounds__(kThreads) came8bit_before_kernel(Came8bitLaunc
       }
     }
     float* fresh = t.fresh + 2 * ((item.b * t.units + first / t.unit_rows) * t.blocks + block);
-    store_global(fresh, t.linear ? low : code_scale(high > -low ? high : -low));
-    store_global(fresh + 1, t.linear ? linear_step(low, high) : 0.0f);
+    const float step = t.linear ? linear_step(low, high) : 0.0f;
+    store_global(fresh, t.linear ? linear_low(low, high, step) : code_scale(high > -low ? high : -low));
+    store_global(fresh + 1, step);
   }
 }
 
