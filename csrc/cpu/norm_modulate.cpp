@@ -57,7 +57,7 @@ struct Backward {
 Backward run_backward(const OptionalTensor& dz_in, const OptionalTensor& dn_in, const OptionalTensor& z_in,
                       const OptionalTensor& y_in, const OptionalTensor& gate_in, const OptionalTensor& scale_in,
                       const OptionalTensor& mean_in, const OptionalTensor& rstd_in, bool want_dx, ScalarType x_dtype,
-                      ScalarType y_dtype) {
+                      ScalarType y_dtype, ScalarType shift_dtype) {
   const Tensor& first = dz_in ? *dz_in : *dn_in;
   check(first.dim() == 3, "the gradient must have shape [B, N, C]");
   const int64_t B = first.size(0), N = first.size(1), C = first.size(2);
@@ -77,7 +77,8 @@ Backward run_backward(const OptionalTensor& dz_in, const OptionalTensor& dn_in, 
   if (want_dy) result.dy = empty(first, {B, N, C}, y_dtype);
   if (gate) result.dgate = empty(first, {B, C}, gate->scalar_type());
   if (dn) {
-    result.dshift = empty(first, {B, C}, scale->scalar_type());
+    result.dshift = empty(first, {B, C}, shift_dtype);
+    check_same_precision(first, result.dshift, "shift_dtype");
     result.dscale = empty(first, {B, C}, scale->scalar_type());
   }
   const int64_t blocks = (N + kNormModulateBlock - 1) / kNormModulateBlock;
@@ -112,9 +113,10 @@ std::tuple<Tensor, Tensor, Tensor> norm_modulate_forward_cpu(const Tensor& x, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_modulate_backward_cpu(const Tensor& dn, const Tensor& x, const Tensor& scale,
-                                                              const Tensor& mean, const Tensor& rstd) {
+                                                              const Tensor& mean, const Tensor& rstd,
+                                                              ScalarType shift_dtype) {
   auto r = run_backward(std::nullopt, dn, x, std::nullopt, std::nullopt, scale, mean, rstd, true, x.scalar_type(),
-                        x.scalar_type());
+                        x.scalar_type(), shift_dtype);
   return {r.dx, r.dshift, r.dscale};
 }
 
@@ -124,7 +126,7 @@ Tensor gated_residual_forward_cpu(const Tensor& x, const Tensor& y, const Tensor
 
 std::tuple<Tensor, Tensor> gated_residual_backward_cpu(const Tensor& dout, const Tensor& y, const Tensor& gate) {
   auto r = run_backward(dout, std::nullopt, std::nullopt, y, gate, std::nullopt, std::nullopt, std::nullopt, false,
-                        dout.scalar_type(), y.scalar_type());
+                        dout.scalar_type(), y.scalar_type(), dout.scalar_type());
   return {r.dy, r.dgate};
 }
 
@@ -138,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_modulate_forward_cpu(co
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_modulate_backward_cpu(
     const Tensor& dz, const Tensor& dn, const Tensor& z, const Tensor& y, const OptionalTensor& gate,
-    const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
-  auto r = run_backward(dz, dn, z, y, gate, scale, mean, rstd, true, z.scalar_type(), y.scalar_type());
+    const Tensor& scale, const Tensor& mean, const Tensor& rstd, ScalarType shift_dtype) {
+  auto r = run_backward(dz, dn, z, y, gate, scale, mean, rstd, true, z.scalar_type(), y.scalar_type(), shift_dtype);
   return {r.dx, r.dy, r.dgate, r.dshift, r.dscale};
 }
 

@@ -54,7 +54,8 @@ struct Backward {
 
 Backward run_backward(const OptionalTensor& dz_in, const OptionalTensor& dn_in, const OptionalTensor& z_in,
                       const OptionalTensor& y_in, const OptionalTensor& gate_in, const OptionalTensor& scale_in,
-                      const OptionalTensor& mean_in, const OptionalTensor& rstd_in, ScalarType x_dtype) {
+                      const OptionalTensor& mean_in, const OptionalTensor& rstd_in, ScalarType x_dtype,
+                      ScalarType shift_dtype) {
   const Tensor& first = dz_in ? *dz_in : *dn_in;
   check(first.dim() == 3, "the gradient must have shape [B, N, C]");
   const int64_t B = first.size(0), N = first.size(1), C = first.size(2);
@@ -83,7 +84,7 @@ Backward run_backward(const OptionalTensor& dz_in, const OptionalTensor& dn_in, 
     mean = torch::stable::contiguous(*mean_in), rstd = torch::stable::contiguous(*rstd_in);
     a.mean = launch.in_fp32(*mean, "mean"), a.rstd = launch.in_fp32(*rstd, "rstd");
     result.dx = empty(first, {B, N, C}, x_dtype);
-    result.dshift = empty(first, {B, C}, scale->scalar_type());
+    result.dshift = empty(first, {B, C}, shift_dtype);
     result.dscale = empty(first, {B, C}, scale->scalar_type());
     a.dx = launch.out(result.dx, "dx");
     s.out[0] = launch.out(result.dshift, "dshift"), s.out[1] = launch.out(result.dscale, "dscale");
@@ -108,8 +109,10 @@ std::tuple<Tensor, Tensor, Tensor> norm_modulate_forward_cuda(const Tensor& x, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_modulate_backward_cuda(const Tensor& dn, const Tensor& x, const Tensor& scale,
-                                                               const Tensor& mean, const Tensor& rstd) {
-  auto r = run_backward(std::nullopt, dn, x, std::nullopt, std::nullopt, scale, mean, rstd, x.scalar_type());
+                                                               const Tensor& mean, const Tensor& rstd,
+                                                               ScalarType shift_dtype) {
+  auto r =
+      run_backward(std::nullopt, dn, x, std::nullopt, std::nullopt, scale, mean, rstd, x.scalar_type(), shift_dtype);
   return {r.dx, r.dshift, r.dscale};
 }
 
@@ -119,7 +122,7 @@ Tensor gated_residual_forward_cuda(const Tensor& x, const Tensor& y, const Tenso
 
 std::tuple<Tensor, Tensor> gated_residual_backward_cuda(const Tensor& dout, const Tensor& y, const Tensor& gate) {
   auto r = run_backward(dout, std::nullopt, std::nullopt, y, gate, std::nullopt, std::nullopt, std::nullopt,
-                        dout.scalar_type());
+                        dout.scalar_type(), dout.scalar_type());
   return {r.dy, r.dgate};
 }
 
@@ -133,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_modulate_forward_cuda(c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_modulate_backward_cuda(
     const Tensor& dz, const Tensor& dn, const Tensor& z, const Tensor& y, const OptionalTensor& gate,
-    const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
-  auto r = run_backward(dz, dn, z, y, gate, scale, mean, rstd, z.scalar_type());
+    const Tensor& scale, const Tensor& mean, const Tensor& rstd, ScalarType shift_dtype) {
+  auto r = run_backward(dz, dn, z, y, gate, scale, mean, rstd, z.scalar_type(), shift_dtype);
   return {r.dx, r.dy, r.dgate, r.dshift, r.dscale};
 }
 

@@ -36,16 +36,26 @@ def _norm_modulate_fake(
 
 
 def _norm_modulate_backward(
-    dn: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+    dn: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    shift_dtype: torch.dtype,
 ) -> Any:
     dx, dshift, dscale = reference.norm_modulate_backward(dn, x, scale, mean, rstd)
-    return dx.to(x.dtype).contiguous(), dshift.to(scale.dtype), dscale.to(scale.dtype)
+    return dx.to(x.dtype).contiguous(), dshift.to(shift_dtype), dscale.to(scale.dtype)
 
 
 def _norm_modulate_backward_fake(
-    dn: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+    dn: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    shift_dtype: torch.dtype,
 ) -> Any:
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    return x.new_empty(x.shape), scale.new_empty(scale.shape, dtype=shift_dtype), scale.new_empty(scale.shape)
 
 
 define(
@@ -58,7 +68,8 @@ define(
 define(
     STEM,
     "norm_modulate_backward",
-    "(Tensor dn, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dshift, Tensor dscale)",
+    "(Tensor dn, Tensor x, Tensor scale, Tensor mean, Tensor rstd, ScalarType shift_dtype)"
+    " -> (Tensor dx, Tensor dshift, Tensor dscale)",
     _norm_modulate_backward,
     _norm_modulate_backward_fake,
 )
@@ -128,6 +139,7 @@ def _residual_norm_modulate_backward(
     scale: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    shift_dtype: torch.dtype,
 ) -> Any:
     dx, dshift, dscale = reference.norm_modulate_backward(dn, z, scale, mean, rstd)
     dx = dx + dz
@@ -138,7 +150,7 @@ def _residual_norm_modulate_backward(
         dgate = dgate.to(gate.dtype)
     dx_out = dx.to(z.dtype).contiguous()
     dy_out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(dy)  # never an alias of dx
-    return dx_out, dy_out, dgate, dshift.to(scale.dtype), dscale.to(scale.dtype)
+    return dx_out, dy_out, dgate, dshift.to(shift_dtype), dscale.to(scale.dtype)
 
 
 def _residual_norm_modulate_backward_fake(
@@ -150,9 +162,11 @@ def _residual_norm_modulate_backward_fake(
     scale: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
+    shift_dtype: torch.dtype,
 ) -> Any:
     dgate = _none(z) if gate is None else gate.new_empty(gate.shape)
-    return z.new_empty(z.shape), y.new_empty(y.shape), dgate, scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    dscale = scale.new_empty(scale.shape)
+    return z.new_empty(z.shape), y.new_empty(y.shape), dgate, torch.empty_like(dscale, dtype=shift_dtype), dscale
 
 
 define(
@@ -166,7 +180,8 @@ define(
 define(
     STEM,
     "residual_norm_modulate_backward",
-    "(Tensor dz, Tensor dn, Tensor z, Tensor y, Tensor? gate, Tensor scale, Tensor mean, Tensor rstd)"
+    "(Tensor dz, Tensor dn, Tensor z, Tensor y, Tensor? gate, Tensor scale, Tensor mean, Tensor rstd,"
+    " ScalarType shift_dtype)"
     " -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
     _residual_norm_modulate_backward,
     _residual_norm_modulate_backward_fake,
@@ -177,12 +192,13 @@ define(
 
 
 def _norm_modulate_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, scale, _, _ = inputs
+    x, shift, scale, _, _ = inputs
+    ctx.shift_dtype = shift.dtype
     ctx.save_for_backward(x, scale, output[1], output[2])
 
 
 def _norm_modulate_autograd(ctx: Any, dn: torch.Tensor, _mean: Any, _rstd: Any) -> Any:
-    dx, dshift, dscale = _op.norm_modulate_backward(dn, *ctx.saved_tensors)
+    dx, dshift, dscale = _op.norm_modulate_backward(dn, *ctx.saved_tensors, ctx.shift_dtype)
     return dx, dshift, dscale, None, None
 
 
@@ -195,14 +211,17 @@ def _gated_residual_autograd(ctx: Any, dout: torch.Tensor) -> Any:
 
 
 def _residual_norm_modulate_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, y, gate, _, scale, _, _ = inputs
+    _, y, gate, shift, scale, _, _ = inputs
+    ctx.shift_dtype = shift.dtype
     z, _, mean, rstd = output
     ctx.save_for_backward(z, y, gate, scale, mean, rstd)
 
 
 def _residual_norm_modulate_autograd(ctx: Any, dz: torch.Tensor, dn: torch.Tensor, _mean: Any, _rstd: Any) -> Any:
     z, y, gate, scale, mean, rstd = ctx.saved_tensors  # once: checkpointing recomputes them at the first access
-    dx, dy, dgate, dshift, dscale = _op.residual_norm_modulate_backward(dz, dn, z, y, gate, scale, mean, rstd)
+    dx, dy, dgate, dshift, dscale = _op.residual_norm_modulate_backward(
+        dz, dn, z, y, gate, scale, mean, rstd, ctx.shift_dtype
+    )
     return dx, dy, None if gate is None else dgate, dshift, dscale, None, None
 
 

@@ -35,22 +35,33 @@ SANA_EXT_INLINE void on_row(Ptr p, int64_t offset, const F& f) {
   with_type<A>(p.dtype, static_cast<char*>(p.data) + offset * size_of(p.dtype), f);
 }
 
-// z = x + gate * y, stored in x's type; returns the sum of z as stored, and z itself in `copy`.
+// A row's mean before its second pass. Sums run over the distances from `first`, the row's first value: exact for a row
+// of equal values, and without cancellation for one that lies far from zero.
+template <class A>
+struct Mean {
+  A first;
+  Sum<A> distances;
+  explicit Mean(A value) : first(value) {}
+  A of(int64_t C) const { return first + distances.total() / A(C); }
+};
+
+// z = x + gate * y, stored in x's type; returns the mean of z as stored, and z itself in `copy`.
 template <class A, class T>
 A add_residual(const T* x, const A* y, const A* gate, T* z, A* copy, int64_t C) {
-  Sum<A> total;
+  store_one(z, gate != nullptr ? gate[0] * y[0] + load_one(x) : y[0] + load_one(x));
+  Mean<A> mean(load_one(z));
   const auto put = [&](auto v, int64_t c, auto slot, auto value) SANA_EXT_LAMBDA_INLINE {
     v.store(z + c, value);
     const auto stored = v.load(z + c);  // what the next layer will see: rounded to z's own type
     if constexpr (sizeof(T) == 2) v.store(copy + c, stored);
-    total.add(stored, slot);
+    mean.distances.add(stored - mean.first, slot);
   };
   if (gate != nullptr)
     for_each_slot(
         C, [&](auto v, int64_t c, auto slot) { put(v, c, slot, v.load(gate + c) * v.load(y + c) + v.load(x + c)); });
   else
     for_each_slot(C, [&](auto v, int64_t c, auto slot) { put(v, c, slot, v.load(y + c) + v.load(x + c)); });
-  return total.total();
+  return mean.of(C);
 }
 
 template <class A>
@@ -62,40 +73,42 @@ void forward(const NormModulateForward& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / a.N, i_n = row % a.N;
     const A* z = copy.data();  // the row that is normalised
-    A sum = 0;
+    A mean = 0;
     on_row<A>(a.x, b * a.x_stride_b + i_n * a.x_stride_n, [&](const auto* x) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
       if (a.y) {
         const A* y = load_row<A>(a.y, b * a.y_stride_b + i_n * a.y_stride_n, C, y_scratch.data());
         T* stored = static_cast<T*>(a.z.data) + row * C;
-        sum = add_residual(x, y, gates.row(b), stored, copy.data(), C);
+        mean = add_residual(x, y, gates.row(b), stored, copy.data(), C);
         if constexpr (sizeof(T) == sizeof(A)) z = stored;
         return;
       }
-      Sum<A> total;
+      Mean<A> of_row(load_one(x));
       for_each_slot(C, [&](auto v, int64_t c, auto slot) {
         const auto value = v.load(x + c);
         if constexpr (sizeof(T) != sizeof(A)) v.store(copy.data() + c, value);
-        total.add(value, slot);
+        of_row.distances.add(value - of_row.first, slot);
       });
-      sum = total.total();
+      mean = of_row.of(C);
       if constexpr (sizeof(T) == sizeof(A)) z = x;
     });
     if (!a.n) continue;
-    const A mean = sum / A(C);
-    Sum<A> squares;
+    Sum<A> squares, rests;
     for_each_slot(C, [&](auto v, int64_t c, auto slot) {
       const auto d = v.load(z + c) - mean;
       squares.add(d * d, slot);
+      rests.add(d, slot);
     });
-    const A rstd = A(1) / std::sqrt(squares.total() / A(C) + A(a.eps));
+    const A rest = rests.total() / A(C);  // what rounding left out of the mean
+    const A variance = squares.total() / A(C) - rest * rest;
+    const A rstd = A(1) / std::sqrt((variance < A(0) ? A(0) : variance) + A(a.eps));
     const A *scale = scales.row(b), *shift = shifts.row(b);
     on_row<A>(a.n, row * C, [&](auto* n) {
       for_each(C, [&](auto v, int64_t c) {
-        v.store(n + c, (v.load(z + c) - mean) * rstd * (v.load(scale + c) + A(1)) + v.load(shift + c));
+        v.store(n + c, (v.load(z + c) - mean - rest) * rstd * (v.load(scale + c) + A(1)) + v.load(shift + c));
       });
     });
-    static_cast<A*>(a.mean)[row] = mean;
+    static_cast<A*>(a.mean)[row] = mean + rest;
     static_cast<A*>(a.rstd)[row] = rstd;
   }
 }

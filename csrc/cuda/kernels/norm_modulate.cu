@@ -1,6 +1,7 @@
 // B batch, N tokens, C channels. Forward, tuned: one warp per row (b, n), the row in registers as fp32.
 //   1. the row is read once, z = x + gate * y is stored and kept as stored,
-//   2. mean, then variance around it (two passes over registers: no cancellation), by shuffles alone,
+//   2. mean of the distances from the row's first value (exact where all are equal), then variance around it and what
+//      rounding left out of the mean (two passes over registers: no cancellation), by shuffles alone,
 //   3. normalise, modulate, store.
 // Bytes: each row tensor once; the [B, C] coefficients come from L2. Generic, for long or unaligned rows: one block per
 // row, the row in shared memory, or read again where it is too long for that.
@@ -14,6 +15,12 @@ namespace {
 constexpr int kWarpsPerBlock = 4;
 constexpr int kThreads = kWarpsPerBlock * kWarpSize;
 
+// From the mean square of the distances from a mean that lacks `rest`.
+__device__ inline float rstd_of(float square, float rest, float eps) {
+  const float variance = square - rest * rest;
+  return rsqrtf((variance < 0.0f ? 0.0f : variance) + eps);
+}
+
 // kGroups groups of 8 channels per lane hold rows of up to 256 * kGroups channels.
 template <int kGroups, bool kResidual, bool kNorm>
 __global__ void __launch_bounds__(kThreads) norm_modulate_forward_kernel(NormModulateForward a) {
@@ -22,7 +29,6 @@ __global__ void __launch_bounds__(kThreads) norm_modulate_forward_kernel(NormMod
   if (row >= a.B * a.N) return;  // the whole warp
   const int64_t b = row / a.N, i_n = row % a.N;
   float z[kGroups][kGroup];
-  float sum = 0.0f;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const int64_t c = (g * kWarpSize + lane) * kGroup;
@@ -37,24 +43,29 @@ __global__ void __launch_bounds__(kThreads) norm_modulate_forward_kernel(NormMod
       store8(a.z, row * a.C + c, z[g]);
       if (kNorm) round8(a.z.dtype, z[g]);  // the norm sees what the next layer will see
     }
-    if (kNorm) {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) sum += z[g][i];
-    }
   }
   if (!kNorm) return;
-  const float mean = warp_sum(sum) / static_cast<float>(a.C);
-  float square = 0.0f;
+  const float origin = __shfl_sync(kAllLanes, z[0][0], 0);
+  float sum = 0.0f;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    if ((g * kWarpSize + lane) * kGroup >= a.C) continue;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) sum += z[g][i] - origin;
+  }
+  const float mean = origin + warp_sum(sum) / static_cast<float>(a.C);
+  float square = 0.0f, rest = 0.0f;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     if ((g * kWarpSize + lane) * kGroup >= a.C) continue;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const float d = z[g][i] - mean;
-      square += d * d;
+      square += d * d, rest += d;
     }
   }
-  const float rstd = rsqrtf(warp_sum(square) / static_cast<float>(a.C) + a.eps);
+  rest = warp_sum(rest) / static_cast<float>(a.C);
+  const float rstd = rstd_of(warp_sum(square) / static_cast<float>(a.C), rest, a.eps);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const int64_t c = (g * kWarpSize + lane) * kGroup;
@@ -63,11 +74,11 @@ __global__ void __launch_bounds__(kThreads) norm_modulate_forward_kernel(NormMod
     load8(a.scale, b * a.scale_stride_b + c, scale);
     load8(a.shift, b * a.shift_stride_b + c, shift);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) shift[i] += (z[g][i] - mean) * rstd * (1.0f + scale[i]);
+    for (int i = 0; i < kGroup; ++i) shift[i] += (z[g][i] - mean - rest) * rstd * (1.0f + scale[i]);
     store8(a.n, row * a.C + c, shift);
   }
   if (lane == 0) {
-    store_global(a.mean + row, mean);
+    store_global(a.mean + row, mean + rest);
     store_global(a.rstd + row, rstd);
   }
 }
@@ -79,7 +90,8 @@ constexpr int64_t kCopiedChannels = 8192;  // longer rows are read again
 __global__ void __launch_bounds__(kGenericThreads) norm_modulate_forward_generic_kernel(NormModulateForward a) {
   const bool copied = a.n && a.C <= kCopiedChannels;
   SharedMemory memory;
-  const Shared<float> sums = memory.take<float>(kGenericWarps), squares = memory.take<float>(kGenericWarps);
+  const Shared<float> sums = memory.take<float>(kGenericWarps), squares = memory.take<float>(kGenericWarps),
+                      rests = memory.take<float>(kGenericWarps);
   const Shared<float> copy = memory.take<float>(copied ? a.C : 0);
   for (int64_t row = blockIdx.x; row < a.B * a.N; row += gridDim.x) {
     const int64_t b = row / a.N, i_n = row % a.N;
@@ -87,33 +99,37 @@ __global__ void __launch_bounds__(kGenericThreads) norm_modulate_forward_generic
     // What is normalised; a thread reads back only what it wrote.
     const ConstPtr z = a.y ? ConstPtr(a.z) : a.x;
     const int64_t z_start = a.y ? row * a.C : x_start;
+    const auto value_of = [&](int64_t c) {
+      const float value = load_element(a.x, x_start + c);
+      if (!a.y) return value;
+      const float gate = a.gate ? load_element(a.gate, b * a.gate_stride_b + c) : 1.0f;
+      return round_to(a.z.dtype, value + gate * load_element(a.y, y_start + c));
+    };
+    const float origin = value_of(0);
     float sum = 0.0f;
     for (int64_t c = threadIdx.x; c < a.C; c += kGenericThreads) {
-      float value = load_element(a.x, x_start + c);
-      if (a.y) {
-        const float gate = a.gate ? load_element(a.gate, b * a.gate_stride_b + c) : 1.0f;
-        value = round_to(a.z.dtype, value + gate * load_element(a.y, y_start + c));
-        store_element(a.z, z_start + c, value);
-      }
+      const float value = value_of(c);
+      if (a.y) store_element(a.z, z_start + c, value);
       if (copied) copy[c] = value;
-      sum += value;
+      sum += value - origin;
     }
     if (!a.n) continue;
-    const float mean = block_sum<kGenericWarps>(sum, sums) / static_cast<float>(a.C);
-    float square = 0.0f;
+    const float mean = origin + block_sum<kGenericWarps>(sum, sums) / static_cast<float>(a.C);
+    float square = 0.0f, rest = 0.0f;
     for (int64_t c = threadIdx.x; c < a.C; c += kGenericThreads) {
       const float d = (copied ? copy[c] : load_element(z, z_start + c)) - mean;
-      square += d * d;
+      square += d * d, rest += d;
     }
-    const float rstd = rsqrtf(block_sum<kGenericWarps>(square, squares) / static_cast<float>(a.C) + a.eps);
+    rest = block_sum<kGenericWarps>(rest, rests) / static_cast<float>(a.C);
+    const float rstd = rstd_of(block_sum<kGenericWarps>(square, squares) / static_cast<float>(a.C), rest, a.eps);
     for (int64_t c = threadIdx.x; c < a.C; c += kGenericThreads) {
       const float value = copied ? copy[c] : load_element(z, z_start + c);
       const float scale = load_element(a.scale, b * a.scale_stride_b + c),
                   shift = load_element(a.shift, b * a.shift_stride_b + c);
-      store_element(a.n, row * a.C + c, (value - mean) * rstd * (1.0f + scale) + shift);
+      store_element(a.n, row * a.C + c, (value - mean - rest) * rstd * (1.0f + scale) + shift);
     }
     if (threadIdx.x == 0) {
-      store_global(a.mean + row, mean);
+      store_global(a.mean + row, mean + rest);
       store_global(a.rstd + row, rstd);
     }
     __syncthreads();  // the next row reuses the sums
@@ -141,7 +157,7 @@ cudaError_t norm_modulate_forward(const NormModulateForward& a, cudaStream_t str
                      takes_groups(a.scale, a.scale_stride_b, 0) && takes_groups(a.z, 0, 0) && takes_groups(a.n, 0, 0);
   if (tuned) return a.C <= 1280 ? launch_forward<5>(a, stream) : launch_forward<9>(a, stream);
   const auto blocks = static_cast<unsigned>(rows < 65536 ? rows : 65536);
-  const size_t shared = 2 * shared_size<float>(kGenericWarps) + (a.C <= kCopiedChannels ? shared_size<float>(a.C) : 0);
+  const size_t shared = 3 * shared_size<float>(kGenericWarps) + (a.C <= kCopiedChannels ? shared_size<float>(a.C) : 0);
   return SANA_EXT_LAUNCH(norm_modulate_forward_generic_kernel, blocks, kGenericThreads, shared, stream, a);
 }
 
