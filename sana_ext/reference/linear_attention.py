@@ -94,22 +94,26 @@ def linear_attention_backward(
     rk = 1.0 if rstd_k is None else rstd_k[..., None, None]
     S, z = state[:, :, :D], state[:, :, D]
 
+    # With a norm what is not finite reaches the whole token through its scale, which may have left the formulas.
+    lost = 0 if weight_q is None else (q - q).sum((-2, -1))[..., None]
     u = torch.relu(wq * q)
     e = eps if weight_q is None else 0.0 if rstd_q is None else eps / rstd_q[..., None]
-    d = torch.einsum("bnhi,bhi->bnh", u, z) + e
+    d = torch.einsum("bnhi,bhi->bnh", u, z) + e + lost
     inverse = torch.where(d == 0, 0, 1 / d)[..., None]
     t = torch.einsum("bhij,bnhj->bnhi", S, g)
     a = g * inverse
     b = -(u * t).sum(-1, keepdim=True) * inverse * inverse
-    du = torch.where(u > 0, t * inverse + b * z[:, None], 0)
+    du = torch.where(u <= 0, 0, t * inverse + b * z[:, None])  # NaN passes, as it does in torch
     dq = wq * du
+    if weight_q is not None:
+        dq = dq + lost[..., None]
     if rstd_q is not None:
         dq = dq + q * (eps / (H * D) * rstd_q * b.sum((-2, -1)))[..., None, None]
     dS = torch.einsum("bnhi,bnhj->bhij", u, a)
     dz = (b * u).sum(1)
 
     khat = torch.relu(wk * k * rk)
-    dkhat = torch.where(khat > 0, torch.einsum("bhij,bnhj->bnhi", dS, v) + dz[:, None], 0)
+    dkhat = torch.where(khat <= 0, 0, torch.einsum("bhij,bnhj->bnhi", dS, v) + dz[:, None])
     dv = torch.einsum("bhij,bnhi->bnhj", dS, khat)
     dk = wk * dkhat
     if rstd_k is not None:

@@ -33,15 +33,20 @@ SANA_EXT_INLINE void prefetch(const T* p, int64_t count) {
   for (int64_t c = 0; c < count; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + c);
 }
 
+// v, and NaN where the mask is -1.
+SANA_EXT_INLINE Vec<float> nan_where(Vec<int32_t> mask, Vec<float> v) {
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<Vec<int32_t>>(v) | mask);
+}
+
 // SiLU of n vectors. x is held where its sigmoid is not yet rounded away: beyond it the float product x * sigmoid(x)
-// would leave zero again.
+// would leave zero again. SiLU of -infinity is NaN, as in torch: an overflow must not end as 0.
 template <class A, int n>
 struct Gate {
   Vec<A> x[n], sigma[n];
   SANA_EXT_INLINE explicit Gate(const Vec<A> (&values)[n]) {
     for (int i = 0; i < n; ++i)
       if constexpr (sizeof(A) == 4)
-        x[i] = at_least(values[i], -88.0f);
+        x[i] = nan_where(values[i] == -HUGE_VALF, at_least(values[i], -88.0f));
       else
         x[i] = values[i];
     sigmoid(x, sigma);

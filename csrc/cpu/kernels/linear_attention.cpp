@@ -90,16 +90,18 @@ void output(const LinearAttentionOutput& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / blocks, n = item % blocks * kLinearAttentionBlock;
     const int64_t tokens = N - n < kLinearAttentionBlock ? N - n : kLinearAttentionBlock;
-    if (a.rstd_q != nullptr) {
-      A* rstd = static_cast<A*>(a.rstd_q) + b * N + n;
+    if (a.weight_q) {
+      // A NaN makes NaN of the whole token, an infinity of its channel: the norm's scale is then NaN or 0.
+      A* rstd = a.rstd_q != nullptr ? static_cast<A*>(a.rstd_q) + b * N + n : scale;
       row_rstd(a.q, a.size, b, n, tokens, a.norm_eps, rstd);
-      for (int64_t t = 0; t < tokens; ++t) extra[t] = A(a.eps) / rstd[t];
+      for (int64_t t = 0; t < tokens; ++t) extra[t] = a.rstd_q != nullptr ? A(a.eps) / rstd[t] : poison(rstd[t]);
     }
     for (int64_t h = 0; h < H; ++h) {
       const A *S = static_cast<const A*>(a.padded) + (b * H + h) * (D + 1) * P, *z = S + D * P;
       const A* weight = weights.data() + h * P;
       read_head<A>(a.q, b, n, h, tokens, D, P, [&](int64_t t, int64_t c, Vec<A> q) SANA_EXT_LAMBDA_INLINE {
-        store(qhat.data() + t * P + c, relu<A>(q * load(weight + c)));
+        const Vec<A> u = relu<A>(q * load(weight + c));
+        store(qhat.data() + t * P + c, a.weight_q ? u + poison(q) : u);
       });
       for (int64_t t = 0; t < tokens; t += kLanes) {
         Vec<A> products[kLanes] = {};

@@ -6,14 +6,14 @@ namespace sana_ext::cpu::SANA_EXT_ISA {
 namespace {
 
 // The gradient of a norm's weight is sum x rstd dy = (sum y dy) / weight over the masked y = weight x rstd; where the
-// weight is 0 the mask is, too.
+// weight is 0 the mask is, too, but for NaN.
 template <class A>
 SANA_EXT_INLINE void store_weight_gradient(const A* products, const A* weights, int64_t H, int64_t D, int64_t P,
                                            A* out) {
   for (int64_t h = 0; h < H; ++h)
     for (int64_t c = 0; c < D; ++c) {
       const A weight = weights[h * P + c];
-      out[h * D + c] = weight == A(0) ? A(0) : products[h * P + c] / weight;
+      out[h * D + c] = weight == A(0) ? products[h * P + c] * A(0) : products[h * P + c] / weight;
     }
 }
 
@@ -25,8 +25,9 @@ void backward_q(const LinearAttentionBackwardQ& a, int64_t begin, int64_t end) {
   Scratch<A> weights(H * P), products(H * P), u_scratch(kBlock * P), g_scratch(kBlock * P), t_scratch(kBlock * P);
   A *u = u_scratch.data(), *g = g_scratch.data(), *du = t_scratch.data();
   load_weights(a.weight_q, a.size, weights.data());
-  A extra[kBlock], sum_b[kBlock];
+  A extra[kBlock], sum_b[kBlock], lost[kBlock];
   for (A& e : extra) e = a.weight_q ? A(0) : A(a.eps);
+  zero(lost, kBlock);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / chunks, first = item % chunks * a.size.chunk;
     const int64_t last = first + a.size.chunk < N ? first + a.size.chunk : N;
@@ -36,6 +37,8 @@ void backward_q(const LinearAttentionBackwardQ& a, int64_t begin, int64_t end) {
     for (int64_t n = first; n < last; n += kBlock) {
       const int64_t tokens = last - n < kBlock ? last - n : kBlock;
       const A* rstd = a.rstd_q != nullptr ? static_cast<const A*>(a.rstd_q) + b * N + n : nullptr;
+      if (a.weight_q)
+        row_poison(a.q, a.size, b, n, tokens, lost);  // whatever is not finite reaches the token's gradient
       if (rstd != nullptr)
         for (int64_t t = 0; t < tokens; ++t) extra[t] = A(a.eps) / rstd[t];
       zero(sum_b, kBlock);
@@ -51,12 +54,13 @@ void backward_q(const LinearAttentionBackwardQ& a, int64_t begin, int64_t end) {
                      [&](int64_t t, int64_t c, Vec<A> dout) SANA_EXT_LAMBDA_INLINE { store(g + t * P + c, dout); });
         multiply<A>(g, St, nullptr, du, tokens, D, P);  // t = S g
         for (int64_t t = 0; t < tokens; ++t) {
-          const A r = inverse(dot(u + t * P, z, P) + extra[t]), coefficient = -dot(u + t * P, du + t * P, P) * r * r;
+          const A r = inverse(dot(u + t * P, z, P) + (extra[t] + lost[t])),
+                  coefficient = -dot(u + t * P, du + t * P, P) * r * r;
           sum_b[t] += coefficient;
           for (int64_t c = 0; c < P; c += kLanes) {
             const Vec<A> ut = load(u + t * P + c);
             const Vec<A> d = load(du + t * P + c) * r + load(z + c) * coefficient;
-            const Vec<A> masked = ut > Vec<A>{} ? d : Vec<A>{};
+            const Vec<A> masked = (ut <= Vec<A>{} ? Vec<A>{} : d) + lost[t];  // as in torch, NaN passes the mask
             store(du + t * P + c, masked * load(weight + c));
             store(product + c, load(product + c) + ut * masked);
             store(dz + c, load(dz + c) + ut * coefficient);
@@ -124,7 +128,7 @@ void backward_k(const LinearAttentionBackwardK& a, int64_t begin, int64_t end) {
           Vec<A> row{};
           for (int64_t c = 0; c < P; c += kLanes) {
             const Vec<A> y = load(khat + t * P + c);
-            const Vec<A> dy = y > Vec<A>{} ? load(dk + t * P + c) : Vec<A>{};
+            const Vec<A> dy = y <= Vec<A>{} ? Vec<A>{} : load(dk + t * P + c);
             store(product + c, load(product + c) + y * dy);
             row += y * dy;
             store(dk + t * P + c, dy * load(weight + c) * scale[t]);

@@ -250,24 +250,49 @@ SANA_EXT_INLINE void load_weights(ConstPtr weight, const LinearAttentionSize& si
   });
 }
 
-// rstd[t] = 1 / sqrt(mean(x^2) + norm_eps) over all heads of `tokens` tokens.
-template <class A>
-void row_rstd(const LinearAttentionRows<ConstPtr>& x, const LinearAttentionSize& size, int64_t b, int64_t n,
-              int64_t tokens, double norm_eps, A* rstd) {
+// f(t, each) for `tokens` tokens; each(g) calls g(value, slot) for all channels of all heads of token t.
+template <class A, class F>
+SANA_EXT_INLINE void for_row_pieces(const LinearAttentionRows<ConstPtr>& x, const LinearAttentionSize& size, int64_t b,
+                                    int64_t n, int64_t tokens, const F& f) {
   const bool dense = x.stride_h == size.D;
   const int64_t pieces = dense ? 1 : size.H, count = dense ? size.H * size.D : size.D;
   const int64_t offset = b * x.stride_b + n * x.stride_n;
   with_type<A>(x.p.dtype, static_cast<const char*>(x.p.data) + offset * size_of(x.p.dtype), [&](const auto* p) {
-    for (int64_t t = 0; t < tokens; ++t, p += x.stride_n) {
-      Sum<A> squares;
-      for (int64_t h = 0; h < pieces; ++h) {
-        for_each_slot(count, [&](auto v, int64_t c, auto slot) SANA_EXT_LAMBDA_INLINE {
-          const auto value = v.load(p + h * x.stride_h + c);
-          squares.add(value * value, slot);
-        });
-      }
-      rstd[t] = A(1) / std::sqrt(squares.total() / A(size.H * size.D) + A(norm_eps));
-    }
+    for (int64_t t = 0; t < tokens; ++t, p += x.stride_n)
+      f(t, [&](const auto& g) SANA_EXT_LAMBDA_INLINE {
+        for (int64_t h = 0; h < pieces; ++h)
+          for_each_slot(count, [&](auto v, int64_t c, auto slot)
+                                   SANA_EXT_LAMBDA_INLINE { g(v.load(p + h * x.stride_h + c), slot); });
+      });
+  });
+}
+
+// rstd[t] = 1 / sqrt(mean(x^2) + norm_eps) over all heads of `tokens` tokens.
+template <class A>
+void row_rstd(const LinearAttentionRows<ConstPtr>& x, const LinearAttentionSize& size, int64_t b, int64_t n,
+              int64_t tokens, double norm_eps, A* rstd) {
+  for_row_pieces<A>(x, size, b, n, tokens, [&](int64_t t, const auto& each) SANA_EXT_LAMBDA_INLINE {
+    Sum<A> squares;
+    each([&](auto value, auto slot) SANA_EXT_LAMBDA_INLINE { squares.add(value * value, slot); });
+    rstd[t] = A(1) / std::sqrt(squares.total() / A(size.H * size.D) + A(norm_eps));
+  });
+}
+
+// 0, and NaN where x is infinite or NaN: what a norm makes of x, whose scale is then 0 or NaN, even where a ReLU or a
+// cancelled scale would hide it.
+template <class V>
+SANA_EXT_INLINE V poison(V x) {
+  return x - x;
+}
+
+// The sum of poison over all heads of each of `tokens` tokens.
+template <class A>
+void row_poison(const LinearAttentionRows<ConstPtr>& x, const LinearAttentionSize& size, int64_t b, int64_t n,
+                int64_t tokens, A* result) {
+  for_row_pieces<A>(x, size, b, n, tokens, [&](int64_t t, const auto& each) SANA_EXT_LAMBDA_INLINE {
+    Sum<A> sum;
+    each([&](auto value, auto slot) SANA_EXT_LAMBDA_INLINE { sum.add(poison(value), slot); });
+    result[t] = sum.total();
   });
 }
 

@@ -115,10 +115,13 @@ __global__ void __launch_bounds__(kTileThreads, 5) linear_attention_output_kerne
   for (int i = 0; i < ring.tiles(); ++i) {
     ring.advance(i);
     float out[4][4] = {}, denominator[4] = {};
+    const uint32_t zeros[2] = {};
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       uint32_t q[4], u[kTerms<T>][4];
       load_rows(q, ring.tile(i, 0), step);
+      // With a norm an infinite q is NaN, even where the ReLU would hide it: 0 * q.
+      if (a.weight_q) mma_16x8x16<T>(denominator, q, zeros);
 #pragma unroll
       for (int r = 0; r < 4; ++r) q[r] = relu2<T>(q[r] ^ sign[step][r / 2]);
       to_terms<T>(q, u);

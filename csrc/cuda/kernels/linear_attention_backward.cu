@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     ring.advance(i);
     uint32_t q[2][4];
     float t[4][4] = {}, u[4][4];
+    const uint32_t zeros[2] = {};
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       uint32_t dout[4], terms[kTerms<T>][4];
@@ -57,6 +58,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
 #pragma unroll
       for (int n = 0; n < 4; ++n) multiply(t[n], terms, S[step][n]);
       load_rows(q[step], ring.tile(i, 0), step);
+      // With a norm an infinite q is NaN, even where the ReLU would hide it: 0 * q into t, and from there into d.
+      if (a.weight_q) mma_16x8x16<T>(t[0], q[step], zeros);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         q[step][r] ^= row_sign[step][r / 2];
@@ -68,7 +71,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // token g, token g + 8
-      float d = 0.0f, s = 0.0f;
+      float d = a.weight_q ? 0.0f * t[0][2 * half] : 0.0f, s = 0.0f;
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
         for (int e = 0; e < 2; ++e) {
           const float value = u[n][2 * half + e];
           dz[n][e] += b * value;
-          dq[e] = value > 0.0f ? t[n][2 * half + e] * inverse[half] + b * z[n][e] : 0.0f;
+          dq[e] = value <= 0.0f ? 0.0f * b : t[n][2 * half + e] * inverse[half] + b * z[n][e];
         }
         const uint32_t signed_q = q[n / 2][n % 2 * 2 + half];
         if (a.rstd_q != nullptr) {
@@ -229,7 +232,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>) linear_attention_bac
         unpack<T>(k[n / 2][n % 2 * 2 + half], x[0], x[1]);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float gradient = x[e] > 0.0f ? dkhat[n][2 * half + e] : 0.0f;
+          const float gradient = x[e] <= 0.0f ? 0.0f : dkhat[n][2 * half + e];
           c += x[e] * gradient;
           dk[e] = row_rstd * gradient;
           if (a.rstd_k != nullptr) dk[e] -= x[e] * through_norm;

@@ -17,6 +17,10 @@ __device__ inline int64_t row_start(const Rows& x, int64_t b, int64_t n, int64_t
 }
 __device__ inline float weight_of(ConstPtr weight, int64_t i) { return weight ? load_element(weight, i) : 1.0f; }
 __device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
+// relu(w q) of a query: with a norm an infinity is NaN, whose scale is then 0, even where its row scale cancels.
+__device__ inline float query(ConstPtr weight, int64_t i, float q) {
+  return weight ? relu(load_element(weight, i) * q) + (q - q) : relu(q);
+}
 
 // partial[i, j] = sum of scale_n relu(w x_n)_i y_nj, and in row D that of scale_n relu(w x_n)_i last_n.
 struct OuterProducts {
@@ -67,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) output_generic_kernel(LinearAttentio
     const int64_t q = row_start(a.q, b, n, h);
     float sum = 0.0f, d = 0.0f;
     for (int64_t i = 0; i < D; ++i) {
-      const float u = relu(weight_of(a.weight_q, h * D + i) * load_element(a.q.p, q + i));
+      const float u = query(a.weight_q, h * D + i, load_element(a.q.p, q + i));
       sum += u * load_global(state + i * D + j);
       d += u * load_global(state + D * D + i);
     }
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 3) rows_generic_kernel(RowForms a) {
     const int64_t x = row_start(a.x, b, n, h), y = row_start(a.y, b, n, h);
     float dot = 0.0f, form = 0.0f;
     for (int64_t j = lane; j < D; j += kWarpSize) {
-      const float u_j = relu(weight_of(a.weight, h * D + j) * load_element(a.x.p, x + j));
+      const float u_j = query(a.weight, h * D + j, load_element(a.x.p, x + j));
       dot += u_j * load_global(matrix + D * D + j);
       float sum = 0.0f;
       for (int64_t i = 0; i < D; ++i)
@@ -134,7 +138,8 @@ __global__ void __launch_bounds__(kThreads) backward_q_generic_kernel(LinearAtte
     float t = 0.0f;
     for (int64_t j = 0; j < D; ++j) t += load_global(state + i * D + j) * load_element(a.dout.p, dout + j);
     const float inverse = load_global(inverses + unit), beta = load_global(minus_s + unit) * inverse;
-    float dq = w * q > 0.0f ? w * (t * inverse + beta * load_global(state + D * D + i)) : 0.0f;
+    float dq = w * q <= 0.0f ? 0.0f : w * (t * inverse + beta * load_global(state + D * D + i));
+    if (a.weight_q && inverse != inverse) dq = inverse;  // through the norm
     if (a.rstd_q != nullptr)
       dq += q * (a.eps * load_global(a.rstd_q + row) / static_cast<float>(s.H * D) * load_global(a.row_sums + row));
     store_element(a.dq.p, b * a.dq.stride_b + n * a.dq.stride_n + h * a.dq.stride_h + i, dq);
@@ -156,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) backward_k_generic_kernel(LinearAtte
       dkhat += load_global(dS + i * D + j) * load_element(a.v.p, v_start + j);
       dv += relu(weight_of(a.weight_k, h * D + j) * load_element(a.k.p, k_start + j)) * load_global(dS + j * D + i);
     }
-    float dk = w * k > 0.0f ? rstd * w * dkhat : 0.0f;
+    float dk = w * k <= 0.0f ? 0.0f : rstd * w * dkhat;
     if (a.rstd_k != nullptr)
       dk -= k * (rstd * rstd * rstd / static_cast<float>(s.H * D) * load_global(a.row_sums + row));
     store_element(a.dk.p, b * a.dk.stride_b + n * a.dk.stride_n + h * a.dk.stride_h + i, dk);

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) weight_gradients_kernel(WeightGradie
   const auto store = [&](ConstPtr weight, Ptr gradient) {
     if (!gradient) return;
     const float w = load_element(weight, c);
-    store_element(gradient, c, w == 0.0f ? 0.0f : sum / w);  // relu(0) has no slope here, as in torch
+    store_element(gradient, c, w == 0.0f ? sum * 0.0f : sum / w);  // relu(0) has no slope here, as in torch
   };
   store(a.weight_q, a.dweight_q);
   store(a.weight_k, a.dweight_k);
