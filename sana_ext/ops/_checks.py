@@ -71,6 +71,16 @@ def same_dtype(op: str, **tensors: torch.Tensor) -> None:
             )
 
 
+def without_overlap(t: torch.Tensor) -> torch.Tensor:
+    """t, or a copy of it where two of its elements may share memory (expanded, unfolded): not every kernel reads such strides."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape) if size > 1):
+        if stride <= reach:
+            return t.contiguous()
+        reach += stride * (size - 1)
+    return t
+
+
 def positive(op: str, name: str, value: float) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"sana_ext.{op}: {name} must be a number >= 0, got {type(value).__name__}")

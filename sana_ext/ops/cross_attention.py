@@ -105,7 +105,7 @@ def cross_attention(
     the result is rounded once.
 
     Args:
-        q: [B, N, H, D], float; any strides.
+        q: [B, N, H, D], float; any strides (q, k or v whose elements share memory, expanded or unfolded, is copied).
         k, v: [B, T, H, D], dtype of q, except under autocast.
         mask: None; bool, True where a key takes part; or float, added to the scores (SANA: 0 and -10000). Shape [B, T],
             [B, 1, T], [B, N, T] or four dimensions that broadcast to [B, H, N, T]. It gets no gradient.
@@ -119,6 +119,7 @@ def cross_attention(
     Source: ``torch.nn.functional.scaled_dot_product_attention``.
     """
     _check(q, k, v, mask)
+    q, k, v = map(check.without_overlap, (q, k, v))
     if not upcast(q) and not _small_backward(q, k, v):
         return reference.cross_attention(q, k, v, mask)
     check.plain_autograd("cross_attention", q=q, k=k, v=v)

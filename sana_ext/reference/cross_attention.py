@@ -48,8 +48,9 @@ def cross_attention_backward(
         # Where no key is left, softmax of any row does as long as nothing flows back through it.
         empty = ((~mask) if mask.dtype == torch.bool else mask == float("-inf")).all(-1, keepdim=True)
         dout = dout.masked_fill(empty, 0)
-        is_bool = mask.dtype == torch.bool
-        p = p.masked_fill_(~(mask | empty), float("-inf")) if is_bool else p.add_(mask.masked_fill(empty, 0))
+        if mask.dtype == torch.bool:  # added, as torch does: a masked NaN stays one
+            mask = torch.zeros_like(mask, dtype=acc).masked_fill_(~mask, float("-inf"))
+        p = p.add_(mask.masked_fill(empty, 0))
     p = torch.softmax(p, -1)
     ds = dout @ v.mT
     ds = ds.sub_((p * ds).sum(-1, keepdim=True)).mul_(p)
