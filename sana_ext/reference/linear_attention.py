@@ -95,7 +95,7 @@ def linear_attention_backward(
     S, z = state[:, :, :D], state[:, :, D]
 
     # With a norm what is not finite reaches the whole token through its scale, which may have left the formulas.
-    lost = 0 if weight_q is None else (q - q).sum((-2, -1))[..., None]
+    lost = torch.zeros_like(q[..., :1, 0]) if weight_q is None else (q - q).sum((-2, -1))[..., None]
     u = torch.relu(wq * q)
     e = eps if weight_q is None else 0.0 if rstd_q is None else eps / rstd_q[..., None]
     d = torch.einsum("bnhi,bhi->bnh", u, z) + e + lost
@@ -105,8 +105,7 @@ def linear_attention_backward(
     b = -(u * t).sum(-1, keepdim=True) * inverse * inverse
     du = torch.where(u <= 0, 0, t * inverse + b * z[:, None])  # NaN passes, as it does in torch
     dq = wq * du
-    if weight_q is not None:
-        dq = dq + lost[..., None]
+    dq = dq + lost[..., None]
     if rstd_q is not None:
         dq = dq + q * (eps / (H * D) * rstd_q * b.sum((-2, -1)))[..., None, None]
     dS = torch.einsum("bnhi,bnhj->bhij", u, a)

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kTileThreads, 5) linear_attention_state_kernel
   load_column_signs(sign, a.weight_k, channel);
   const float raise = kNorm ? key_scale<T>(a.size.H * kHeadDim) : 1.0f;
   TokenValues rstd(kNorm ? a.rstd_k : nullptr, a.size, unit);
-  const uint32_t one = pack<T>(1.0f, 1.0f), ones[2] = {one, one};
+  const uint32_t one = pack<T>(1.0f, 1.0f), ones[2] = {one, one}, zeros[2] = {};
   float S[2][4][4] = {}, z[2][4] = {};
   for (int i = 0; i < ring.tiles(); ++i) {
     ring.advance(i);
@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kTileThreads, 5) linear_attention_state_kernel
     for (int m = 0; m < 2; ++m) {
       uint32_t k[4], low[4];
       load_columns(k, ring.tile(i, 0), m);
+      if (kNorm) mma_16x8x16<T>(z[m], k, zeros);  // as in the output: NaN of an infinite k, on either side of the ReLU
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         k[r] = relu2<T>(k[r] ^ sign[m][r % 2]);

@@ -17,7 +17,7 @@ __device__ inline int64_t row_start(const Rows& x, int64_t b, int64_t n, int64_t
 }
 __device__ inline float weight_of(ConstPtr weight, int64_t i) { return weight ? load_element(weight, i) : 1.0f; }
 __device__ inline float relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
-// relu(w q) of a query: with a norm an infinity is NaN, whose scale is then 0, even where its row scale cancels.
+// relu(w q): with a norm an infinity is NaN, whose scale is then 0, even where a query's row scale cancels.
 __device__ inline float query(ConstPtr weight, int64_t i, float q) {
   return weight ? relu(load_element(weight, i) * q) + (q - q) : relu(q);
 }
@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kThreads, 3) outer_products_generic_kernel(Out
     const int64_t values = b * a.stride_b + h * a.stride_h;
     float sum = 0.0f;
     for (int64_t n = first; n < end; ++n) {
-      float x = relu(w * load_element(a.x.p, row_start(a.x, b, n, h) + i));
+      const float value = load_element(a.x.p, row_start(a.x, b, n, h) + i);
+      float x = a.weight ? relu(w * value) + (value - value) : relu(value);
       if (a.scale != nullptr) x *= load_global(a.scale + values + n);
       if (!is_last)
         sum += x * load_element(a.y.p, row_start(a.y, b, n, h) + column);
