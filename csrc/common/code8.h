@@ -140,7 +140,7 @@ SANA_EXT_HOST_DEVICE inline float linear_step(float low, float high) {
   return code_scale((high - low) / (crosses_zero(low, high) ? 254.0f : 255.0f));
 }
 SANA_EXT_HOST_DEVICE inline float linear_low(float low, float high, float step) {
-  if (!crosses_zero(low, high)) return low;
+  if (!(low <= 0 && high >= 0)) return low;
   const float t = -low * code_inverse(step);
 #ifdef __CUDA_ARCH__
   return -(rintf(t) * step);

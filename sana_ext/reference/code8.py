@@ -92,7 +92,7 @@ def quantize(x: torch.Tensor, block_size: int, code: str) -> tuple[torch.Tensor,
         crosses = (low < 0) & (high > 0)
         step = (high - low) / torch.where(crosses, flat.new_tensor(254.0), flat.new_tensor(255.0))
         step = torch.where(step < SMALLEST, 0.0, step)
-        low = torch.where(crosses, -(torch.round(-low * _inverse(step)) * step), low)
+        low = torch.where((low <= 0) & (high >= 0), -(torch.round(-low * _inverse(step)) * step), low)
         bytes_ = torch.round((rows - low[:, None]) * _inverse(step)[:, None]).clamp(0, 255)
         scales = torch.stack([low, step], dim=1)
     else:
