@@ -18,10 +18,10 @@ FLOORS = (
 )
 # Where the modules that still lie flat in python/sana15 belong; a line goes when its module moves.
 HOME = {
-    "storage": "files pictures checkpoint redaction measuring",
+    "storage": "files concurrency pictures checkpoint redaction measuring",
     "device": "device",
-    "model": "config model text autoencoder model_folders release position_table",
-    "sampling": "flow sampling schedulers guidance generator pipeline foreign",
+    "model": "config model block depth text autoencoder model_folders release position_table",
+    "sampling": "flow sampling schedulers guidance generator pipeline foreign call_state",
     "growth": "growth growth_files growth_training",
     "training": "train train_config train_checkpoints train_tasks text_task data distillation soap memory",
     "evaluation": "geneval evaluate scores export detector sample",

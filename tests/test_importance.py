@@ -13,8 +13,9 @@ from PIL import Image
 import sana15
 from sana15 import Pipeline, flow
 from sana15.cli import main
+from sana15.depth import chosen_blocks
 from sana15.files import DataError
-from sana15.importance import Importance, chosen_blocks
+from sana15.importance import Importance
 
 PROMPTS = ["a red circle", "two green stars", "a photo of a blue square", "a yellow cross"]
 

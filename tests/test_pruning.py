@@ -20,9 +20,10 @@ from sana15 import Pipeline, SanaConfig, SanaTransformer
 from sana15.checkpoint import INDEX, WEIGHTS, Weight, load_transformer, save_transformer, weights_sha256
 from sana15.cli import main
 from sana15.config import SIZES
+from sana15.depth import chosen_blocks
 from sana15.growth import block_of, grown_weights
 from sana15.growth_files import grow_folder, recorded_map
-from sana15.importance import Importance, chosen_blocks
+from sana15.importance import Importance
 from sana15.model_folders import reopening
 from sana15.pruning import highest, pruned_config
 from sana15.pruning_files import prune_folder, read_indices

@@ -10,9 +10,9 @@ from test_pruning import idle  # noqa: F401, a fixture
 
 import sana15
 from sana15 import flow, pruning_learned
+from sana15.depth import chosen_blocks
 from sana15.distillation import Distillation
 from sana15.healing import flow_steps
-from sana15.importance import chosen_blocks
 from sana15.pruning import choose
 from sana15.pruning_learned import groups_of
 from sana15.pruning_search import greedy, search, split

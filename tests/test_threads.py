@@ -23,10 +23,11 @@ from test_judges import tiny_tokenizer as tiny_tokenizer  # the fixture
 from tiny_pipeline import make, make_published
 
 import sana_ext
+from sana15.depth import chosen_blocks
 from sana15.detector import ClipColors, _transformers_clip
 from sana15.distillation import Distillation
 from sana15.foreign import DiffusersGenerator
-from sana15.importance import block_importance, chosen_blocks
+from sana15.importance import block_importance
 from sana15.judges import make as judge_of
 from sana15.judges.clip import ClipJudge
 from sana15.judges.learned_training import train as train_judge

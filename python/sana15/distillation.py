@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import flow
-from .importance import Watched, with_blocks
+from .depth import Watched, with_blocks
 from .measuring import evaluating
 from .model import SanaTransformer
 

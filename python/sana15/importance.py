@@ -5,11 +5,10 @@ Source: arXiv:2501.18427, section 2.3. The paper does not say over what the cosi
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from . import flow
 from .block import Block
+from .depth import Watched, with_blocks
 from .files import DataError, read_json, replacing
 from .measuring import evaluating
 from .model import SanaTransformer
@@ -86,21 +86,6 @@ def _swapped(value: Any, test: Any, by: Any) -> Any:
     return by if test(value) else value
 
 
-def with_blocks(model: SanaTransformer, blocks: Sequence[nn.Module]) -> SanaTransformer:
-    """The model with other blocks in the place of its own; everything else is shared with it."""
-    view = copy.copy(model)
-    view._modules = dict(model._modules)
-    view.transformer_blocks = nn.ModuleList(blocks)
-    view.config = dataclasses.replace(model.config, num_layers=len(blocks))
-    view.growth_map = view.kept_blocks = None
-    return view
-
-
-def chosen_blocks(model: SanaTransformer, kept: Sequence[int]) -> SanaTransformer:
-    """A model that shares everything with this one and has only the blocks `kept`."""
-    return with_blocks(model, [model.transformer_blocks[i] for i in kept])
-
-
 class _Prefix(nn.Module):
     """Stands for the first blocks of a model whose output on this batch is known."""
 
@@ -110,22 +95,6 @@ class _Prefix(nn.Module):
 
     def forward(self, *_: Any) -> torch.Tensor:
         return self.x
-
-
-class Watched(nn.Module):
-    """Stands for a block in a view of its model and tells what goes in and what comes out.
-
-    A hook on the block itself would hear everybody who uses the model, in whatever thread, and change the block for them.
-    """
-
-    def __init__(self, block: nn.Module, tell: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
-        super().__init__()
-        self.block, self.tell = block, tell
-
-    def forward(self, x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        out: torch.Tensor = self.block(x, *rest, **named)
-        self.tell(x, out)
-        return out
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .depth import with_blocks
 from .healing import flow_steps, trainable_copy
-from .importance import with_blocks
 from .model import SanaTransformer
 from .pruning import Choice
 from .pruning_search import split

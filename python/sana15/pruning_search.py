@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from .depth import chosen_blocks
 from .healing import flow_steps, trainable_copy
-from .importance import batch_loss, chosen_blocks
+from .importance import batch_loss
 from .model import SanaTransformer
 from .pruning import Choice
 from .trajectory import CalibrationBatch
