@@ -350,13 +350,25 @@ def build_modes() -> str:
 
 @part
 def benchmarks() -> str:
-    """every benchmark runs on small shapes and passes its correctness gate; every experiment runs"""
+    """every benchmark runs on small shapes and passes its correctness gate"""
     scripts = {script: script.read_text() for script in sorted((ROOT / "benchmarks").glob("*.py"))}
     quick = {script: "--quick" for script in scripts if script.stem.startswith("bench_")}
     smoke = {script: "--smoke" for script, text in scripts.items() if '"--smoke"' in text}
     for script, option in {**quick, **smoke}.items():
         run([PYTHON, script, option])
     return ", ".join(script.stem for script in {**quick, **smoke})
+
+
+@part
+def experiments() -> str:
+    """every experiment runs with the budget `smoke`, from its cells to its table and figure"""
+    out = OUT / "experiments"
+    shutil.rmtree(out, ignore_errors=True)
+    run([BIN / "sana15", "reproduce", "--budget", "smoke", "--out", out])
+    tables, figures = sorted(out.glob("*/*.md")), sorted(out.glob("*/*.png"))
+    if not tables or len(tables) != len(figures) or any(" of " not in table.read_text() for table in tables):
+        raise Failed(f"{len(tables)} tables and {len(figures)} figures")
+    return ", ".join(table.stem for table in tables)
 
 
 @part

@@ -1,13 +1,11 @@
 """The scaling curve and the experiment's replays: what is picked of recorded candidates, and the folders that cannot tell."""
 
-import sys
-
 import numpy as np
 import pytest
 from search_fakes import Grey, Meter, quality
-from test_benchmarks import BENCHMARKS
 
 import sana15
+from sana15.experiments import replay
 from sana15.geneval import picture_path
 from sana15.sampling import Seed
 from sana15.scaling.curve import Recorded, markdown, picked_worth, read_run, scaling_curve, sets_of
@@ -115,12 +113,6 @@ def test_a_lost_picture_is_named(searched, tmp_path):
         read_run(tmp_path / "run")
 
 
-@pytest.fixture(scope="module")
-def experiment():
-    sys.path.insert(0, str(BENCHMARKS))
-    return pytest.importorskip("search_scaling")
-
-
 def recorded_scores(generator, prompts, n):
     """[steps 2 and 4, finished] of [P, n] as the meter reads them."""
     judge, found = Meter(), []
@@ -131,28 +123,26 @@ def recorded_scores(generator, prompts, n):
     return found
 
 
-@pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source tree")
 @pytest.mark.parametrize("n", [16, 13])
-def test_replays_pick_what_the_policies_pick(experiment, tmp_path, n):
+def test_replays_pick_what_the_policies_pick(tmp_path, n):
     prompts = [f"prompt {i}" for i in range(8)]
     *early, final = recorded_scores(Grey(), len(prompts), n)
     generator = Grey()
     real = sana15.search(generator, prompts, out=tmp_path / "halving", n=n, pick=1, judge=Meter(), policy="halving")
-    assert [f.picked[0] for f in real.found] == experiment.halving_replayed(early, final).tolist()
-    assert real.spent.total == len(prompts) * experiment.halving_price(generator, n)
+    assert [f.picked[0] for f in real.found] == replay.halving_replayed(early, final).tolist()
+    assert real.spent.total == len(prompts) * replay.halving_price(generator, n)
     real = sana15.search(Grey(), prompts, out=tmp_path / "stop", n=n, pick=1, judge=Meter(), policy="stop", stop_at=0.8)
     made, chosen = stopped(final, 0.8)
     assert [f.made for f in real.found] == made.tolist()
     assert [f.picked[0] for f in real.found] == chosen.tolist()
 
 
-@pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source tree")
-def test_stop_is_calibrated_on_other_prompts(experiment):
+def test_stop_is_calibrated_on_other_prompts():
     """Scores of the two halves differ by a shift, so that a half's own threshold would be another."""
     rng = np.random.default_rng(0)
     worth = (rng.random((40, 32)) < 0.5).astype(float)
     scores = worth + 0.1 * rng.random((40, 32)) + 10.0 * (np.arange(40)[:, None] % 2)
-    levels, value, made = experiment.stop_replayed(scores, worth, 16)
+    levels, value, made = replay.stop_replayed(scores, worth, 16)
     assert levels[0] > 9  # of even prompts, from the odd ones
     assert levels[1] < 2
     assert made[::2].tolist() == [16.0] * 20
@@ -160,11 +150,10 @@ def test_stop_is_calibrated_on_other_prompts(experiment):
     assert value[::2].mean() > value[1::2].mean()
 
 
-@pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source tree")
-def test_correlations_of_previews(experiment):
+def test_correlations_of_previews():
     rng = np.random.default_rng(0)
     final = rng.random((1, 10, 50))
     recorded = Recorded(["x"] * 10, ["j"], {5: final**3, 10: -final, 20: final}, final[0])
-    rows = experiment.correlation_table(recorded).splitlines()[2:]
+    rows = replay.correlation_table(recorded).splitlines()[2:]
     assert "| 1.000 | 10 |" in rows[0]  # monotone: the ranks agree
     assert "| -1.000 | -1.000 | 10 |" in rows[1]

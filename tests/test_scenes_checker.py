@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import sana15.scenes
-from sana15.scenes import agreement, checker
+from sana15.experiments import agreement
+from sana15.scenes import checker
 from sana15.scenes.checker import check, check_batch, relations
 from sana15.scenes.corrupt import KINDS, wrong_spec
 from sana15.scenes.detect import detect_batch
@@ -49,12 +50,12 @@ def test_the_checker_cannot_see_the_scene():
 def test_agreement_with_the_renderer():
     result = agreement.measure(1200, seed=21)
     assert result.pairs.total() == 1200
-    assert result.agreement >= 0.995, agreement.report(result, "")
+    assert result.agreement >= 0.995, agreement.table(result, "")
 
 
 def test_agreement_behind_the_mini_autoencoder():
     result = agreement.measure(1200, seed=22, transform=agreement.through_autoencoder(agreement.MINI_AUTOENCODER))
-    assert result.agreement >= 0.98, agreement.report(result, "")
+    assert result.agreement >= 0.98, agreement.table(result, "")
 
 
 def test_agreement_sees_a_transform_that_changes_the_pictures():
@@ -63,7 +64,7 @@ def test_agreement_sees_a_transform_that_changes_the_pictures():
     assert exchanged.colors["red", "blue"] > 0.9 * sum(exchanged.colors["red", c] for c in (*COLOR_NAMES, "-"))
     empty = agreement.measure(240, transform=lambda pictures: np.full_like(pictures, 128))
     assert empty.agreement == 0.5  # every right pair is refused
-    assert "| all | 120 / 120 | 0 / 120 |" in agreement.report(empty, "nothing")
+    assert "| all | 120 / 120 | 0 / 120 |" in agreement.table(empty, "nothing")
 
 
 @pytest.mark.parametrize(("category", "kind"), [(c, kind) for c, kinds in KINDS.items() for kind in kinds])
@@ -219,18 +220,3 @@ def test_bad_pictures_and_rules():
         check_batch(picture()[None], [CIRCLE, CIRCLE])
     with pytest.raises(ValueError, match="unknown rule"):
         check(picture(), CIRCLE, rule="kind")
-
-
-def test_the_report_is_written_into_its_section(tmp_path, monkeypatch, capsys):
-    page, sheet = tmp_path / "scenes.md", tmp_path / "sheet.png"
-    page.write_text(f"before\n{agreement._BEGIN}\nold\n{agreement._END}\nafter\n")
-    arguments = ["agreement", "--pairs", "60", "--autoencoder", "", "--write", str(page), "--sheet", str(sheet)]
-    monkeypatch.setattr("sys.argv", arguments)
-    agreement.main()
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "Agreement **" in text
-    assert sheet.exists()
-    assert "disagreements" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .device import DEVICES, trouble
+from .experiments import BUDGETS, EXPERIMENTS
 from .files import DTYPES, DataError
 from .redaction import guard_tracebacks, redacted
 
@@ -79,6 +80,12 @@ def _importance(args: argparse.Namespace) -> None:
 
 def _prune(args: argparse.Namespace) -> None:
     from .pruning_files import run
+
+    run(args)
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    from .experiments.command import run
 
     run(args)
 
@@ -334,6 +341,15 @@ def parser() -> argparse.ArgumentParser:
         "--latent", type=int, metavar="SIDE", help="of the latents, pixels / 32 (default: the model's own)"
     )
     info.set_defaults(run=_info)
+
+    reproduce = commands.add_parser("reproduce", help="this project's experiments; the same command resumes")
+    reproduce.add_argument("name", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)} (default: all)")
+    reproduce.add_argument("--budget", default="small", choices=BUDGETS, help="sizes: smoke, small (default) or full")
+    reproduce.add_argument("--out", metavar="DIR", help="default out/reproduce-BUDGET; processes may share it")
+    reproduce.add_argument("--only", default="", metavar="TEXT", help="only cells with this in their name")
+    reproduce.add_argument("--list", action="store_true", help="name the cells, and say which are done")
+    _device_option(reproduce)
+    reproduce.set_defaults(run=_reproduce)
     return root
 
 

@@ -99,4 +99,4 @@ def contact_sheet(pictures: NDArray[np.uint8], columns: int, path: str | Path, c
         sheet.paste(Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST), (left, top))
         if captions:
             draw.multiline_text((left, top + tile + 1), captions[index], fill="black", font_size=9, spacing=1)
-    sheet.save(path)
+    sheet.save(path, format="PNG")

@@ -1,32 +1,49 @@
-"""How well the checker agrees with the renderer: `python -m sana15.scenes.agreement`.
+"""How well the exact checker agrees with the renderer.
 
 Half of the pairs show what their prompt asks for; the other half is wrong in exactly one attribute, count or relation.
-`measure(..., transform=f)` puts any function picture batch -> picture batch in between, for example an autoencoder.
+`measure(..., transform=f)` puts any function image batch -> image batch in between, for example an autoencoder.
 """
 
-import argparse
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import hypot
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from .checker import Verdict, check_batch
-from .corrupt import KINDS, MALFORMED, malformed_picture, wrong_spec
-from .prompts import parse, wording
-from .render import contact_sheet, render_batch
-from .scene import Scene, sample_scene
-from .training import sample_spec
-from .vocabulary import CATEGORIES, COLOR_NAMES, SHAPES
+from ..autoencoder import Autoencoder
+from ..pipeline import MINI
+from ..scenes.checker import Verdict, check_batch
+from ..scenes.corrupt import KINDS, MALFORMED, malformed_picture, wrong_spec
+from ..scenes.prompts import parse, wording
+from ..scenes.render import contact_sheet, render_batch
+from ..scenes.scene import Scene, sample_scene
+from ..scenes.training import sample_spec
+from ..scenes.vocabulary import CATEGORIES, COLOR_NAMES, SHAPES
+from .grid import Cell, Experiment, Place, Report, Results
 
 Transform = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-MINI_AUTOENCODER = Path(__file__).parent.parent / "assets/mini/vae"
+MINI_AUTOENCODER = MINI / "vae"
 _BATCH = 256
-_BEGIN, _END = "<!-- agreement: written by python -m sana15.scenes.agreement -->", "<!-- end of agreement -->"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pairs of scene and prompt, and damaged images of each kind."""
+
+    pairs: int = 10_000
+    damaged: int = 1_000
+    seed: int = 0
+
+
+BUDGETS = {"smoke": Options(60, 10), "small": Options(2_000, 200), "full": Options()}
 
 
 @dataclass
@@ -106,10 +123,6 @@ def malformed_rejected(count: int, seed: int = 0) -> dict[str, float]:
 
 def through_autoencoder(folder: str | Path) -> Transform:
     """Encodes and decodes with the autoencoder of `folder`, a folder saved by diffusers."""
-    import torch
-
-    from ..autoencoder import Autoencoder
-
     model = Autoencoder.load(folder)
 
     @torch.no_grad()
@@ -121,7 +134,42 @@ def through_autoencoder(folder: str | Path) -> Transform:
     return transform
 
 
-def report(result: Agreement, title: str) -> str:
+def _record(result: Agreement) -> dict[str, Any]:
+    """Counts as JSON has them: lists of [key, key, count]."""
+    return {name: [[*key, n] for key, n in sorted(vars(result)[name].items())] for name in _COUNTERS}
+
+
+def _agreement(record: Mapping[str, Any]) -> Agreement:
+    return Agreement(**{name: Counter({(a, b): n for a, b, n in record[name]}) for name in _COUNTERS})
+
+
+_COUNTERS = ("pairs", "errors", "shapes", "colors")
+
+
+def cells(options: Options) -> list[Cell]:
+    def rendered(place: Place) -> dict[str, Any]:
+        return _record(measure(options.pairs, options.seed))
+
+    def decoded(place: Place) -> dict[str, Any]:
+        return _record(measure(options.pairs, options.seed, through_autoencoder(MINI_AUTOENCODER)))
+
+    def damaged(place: Place) -> dict[str, Any]:
+        return {"rejected": malformed_rejected(options.damaged, options.seed)}
+
+    return [Cell("rendered", rendered), Cell("decoded", decoded), Cell("damaged", damaged)]
+
+
+def report(options: Options, results: Results, folder: Path) -> Report:
+    titles = {"rendered": "As rendered", "decoded": "After encoding and decoding by the mini model's autoencoder"}
+    text = "\n".join(table(_agreement(results[name]), title) for name, title in titles.items() if name in results)
+    if "damaged" in results:
+        text += f"\n### Damaged objects ({options.damaged:,} images each)\n\n| damage | rejected |\n|---|---|\n"
+        rates = results["damaged"]["rejected"]
+        text += "".join(f"| {kind} | {100 * rate:.1f} % |\n" for kind, rate in rates.items())
+    return Report(text, sheet)
+
+
+def table(result: Agreement, title: str) -> str:
     """The measured figures as Markdown."""
     wrong, total = result.errors.total(), result.pairs.total()
     summary = f"Agreement **{100 * result.agreement:.2f} %**: {wrong} of {total:,} verdicts wrong."
@@ -139,47 +187,19 @@ def report(result: Agreement, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sheet(path: str | Path, count: int = 100, seed: int = 2, transform: Transform | None = None) -> int:
-    """Writes `count` pictures with their prompts and verdicts, half of them corrupted; returns the disagreements."""
+def sheet(path: Path, count: int = 100, seed: int = 2) -> None:
+    """Writes `count` images with their prompts and verdicts, half of them corrupted."""
     rng = Random(seed)
     cases = [_pair(number, rng) for number in range(count)]
     pictures = render_batch([scene for _, _, _, scene in cases])
-    pictures = transform(pictures) if transform else pictures
     verdicts = check_batch(pictures, [case[2] for case in cases])
-    captions, disagreements = [], 0
-    for (_, kind, metadata, _), verdict in zip(cases, verdicts):
-        disagreements += verdict.correct != (kind == "right")
+    captions = []
+    for (_, _, metadata, _), verdict in zip(cases, verdicts):
         words = metadata["prompt"].split()
         middle = next((i for i in range(len(words)) if len(" ".join(words[: i + 1])) > 27), len(words))
         text = f"{'yes' if verdict.correct else 'NO: ' + verdict.reason}"
         captions.append("\n".join((" ".join(words[:middle]), " ".join(words[middle:])[:30], text[:30])))
     contact_sheet(pictures, 10, path, captions)
-    return disagreements
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Checker against renderer.")
-    parser.add_argument("--pairs", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder", default=str(MINI_AUTOENCODER), help="folder, for the round trip; '': none")
-    parser.add_argument("--write", type=Path, help="a Markdown file whose agreement section is replaced")
-    parser.add_argument("--sheet", type=Path, help="a PNG of 100 pictures with their verdicts")
-    args = parser.parse_args()
-    text = report(measure(args.pairs, args.seed), "As rendered")
-    if args.autoencoder:
-        result = measure(args.pairs, args.seed, through_autoencoder(args.autoencoder))
-        text += "\n" + report(result, "After encoding and decoding by the mini model's autoencoder")
-    rates = malformed_rejected(max(1, args.pairs // 10), args.seed)
-    text += f"\n### Damaged objects ({max(1, args.pairs // 10):,} pictures each)\n\n| damage | rejected |\n|---|---|\n"
-    text += "".join(f"| {kind} | {100 * rate:.1f} % |\n" for kind, rate in rates.items())
-    print(text)
-    if args.write:
-        page = args.write.read_text(encoding="utf-8")
-        before, after = page.split(_BEGIN)[0], page.split(_END)[1]
-        args.write.write_text(f"{before}{_BEGIN}\n\n{text}\n{_END}{after}", encoding="utf-8")
-    if args.sheet:
-        print(f"{sheet(args.sheet)} disagreements in {args.sheet}")
-
-
-if __name__ == "__main__":
-    main()
+EXPERIMENT = Experiment("agreement", BUDGETS, cells, report)
