@@ -1,8 +1,12 @@
 """The command line: what it prints, its exit codes, one clear line for every error."""
 
+import subprocess
+import sys
+
 import pytest
 
-from sana15.cli import main
+from sana15 import files
+from sana15.cli import main, options
 
 
 def test_info(capsys):
@@ -32,3 +36,22 @@ def test_usage():
     with pytest.raises(SystemExit) as stop:
         main(["paint"])
     assert stop.value.code == 2
+
+
+def test_help_needs_no_torch():
+    """--help, --version and a mistyped command answer at once: torch takes seconds."""
+    code = "import sys; from sana15.cli import main\ntry: main({!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    for arguments in (
+        ["--help"],
+        ["--version"],
+        ["smple"],
+        ["grow", "--help"],
+        ["sample", "--device", "tpu", "--out", "o"],
+    ):
+        done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout + done.stderr
+
+
+def test_the_names_of_dtypes_are_those_of_files():
+    assert tuple(files.DTYPES) == options.DTYPES

@@ -1,14 +1,24 @@
 """sana15: the SANA-1.5 system on sana_ext's kernels."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import SanaConfig
-from .model import SanaTransformer
+if TYPE_CHECKING:
+    from .config import SanaConfig
+    from .growth import grow
+    from .growth_training import grow_optimizer_state
+    from .importance import block_importance
+    from .model import SanaTransformer
+    from .pipeline import Pipeline
+    from .pruning import prune
+    from .scaling.search import search
+    from .trajectory import calibration
 
-#: Loaded when asked for: some need pillow and numpy.
+#: Loaded when asked for: the command line prints its help without torch.
 _HOMES = {
     "Pipeline": "pipeline",
+    "SanaConfig": "config",
+    "SanaTransformer": "model",
     "block_importance": "importance",
     "calibration": "trajectory",
     "grow": "growth",

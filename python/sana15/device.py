@@ -1,8 +1,9 @@
-"""Where the commands compute: `--device` of the command line and `device` of a training configuration."""
+"""Chooses where the commands compute: `--device` of the command line and `device` of a training configuration.
+
+torch is imported when it is asked: the command line names the devices in its help.
+"""
 
 from __future__ import annotations
-
-import torch
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -13,6 +14,8 @@ def resolved(device: str) -> str:
     Raises:
         ValueError: another name, or a GPU that PyTorch does not see.
     """
+    import torch
+
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     there = gpu_is_there()
@@ -23,11 +26,15 @@ def resolved(device: str) -> str:
 
 
 def gpu_is_there() -> bool:
+    import torch
+
     return torch.cuda.is_available()
 
 
 def trouble(error: RuntimeError) -> str | None:
     """What to tell a user of a GPU that is too small, too old or lost; None for every other error."""
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is too small for this; try a smaller --batch-size (--heal-batch), or --device cpu"
     if isinstance(error, getattr(torch, "AcceleratorError", ())):
@@ -40,5 +47,7 @@ def of_pipeline(pipe: object) -> str:
 
     A generator (sana15.generator) is where the pipeline in it is.
     """
+    import torch
+
     device = getattr(getattr(pipe, "pipe", pipe), "device", None)
     return str(device) if isinstance(device, torch.device) and device.type == "cuda" else "cpu"

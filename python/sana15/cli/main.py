@@ -1,0 +1,89 @@
+"""The parser of all commands, and how their errors end.
+
+Exit code 2: a wrong argument; 3: a missing or damaged file; 4: prompts that no judge judged. Help is printed without loading
+torch, so nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+from ..redaction import guard_tracebacks, redacted
+from . import (
+    convert,
+    curve,
+    demo,
+    evaluate,
+    export,
+    grow,
+    importance,
+    info,
+    prune,
+    reproduce,
+    sample,
+    search,
+    train,
+)  # fmt: skip
+
+COMMANDS = (train, demo, sample, search, curve, evaluate, export, grow, importance, prune, convert, info, reproduce)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted(message))  # it repeats the argument, such as a judge's URL with a password
+
+
+def parser() -> argparse.ArgumentParser:
+    root = _Parser(prog="sana15", description="SANA-1.5: train, grow, make pictures, score them, convert checkpoints.")
+    root.add_argument("--version", action="version", version=f"sana15 {_version()}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="command")
+    for command in COMMANDS:
+        command.add(commands)
+    return root
+
+
+def _version() -> str:
+    try:
+        return version("sana-ext")
+    except PackageNotFoundError:  # a source tree on the path
+        return "of a source tree"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    if arguments is None:  # the program, not a caller in Python
+        guard_tracebacks()
+    args = parser().parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except Exception as error:
+        found = _explained(error)
+        if found is None:
+            raise
+        return _fail(args.command, *found)
+    except KeyboardInterrupt:
+        return _fail(args.command, "interrupted", 130)
+
+
+def _explained(error: Exception) -> tuple[object, int] | None:
+    """A user's error as what is said of it and the exit code; None for every other error."""
+    from ..device import trouble
+    from ..files import DataError
+
+    if isinstance(error, (OSError, DataError)):
+        return error, 3
+    if isinstance(error, ValueError):
+        return error, 2
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; pip install 'sana-ext[sana15]'", 3
+    if isinstance(error, RuntimeError) and (message := trouble(error)) is not None:
+        return message, 3
+    return None
+
+
+def _fail(command: str, error: object, code: int) -> int:
+    print(f"sana15 {command}: {' '.join(redacted(error).split())}", file=sys.stderr)
+    return code
