@@ -53,6 +53,7 @@ def test_every_setting_is_told_from_its_table():
         assert interpolation_of(table_of(side, scale, width), side, side) == scale
     for dtype, scale in itertools.product((torch.bfloat16, torch.float16), (0.5, 1.0, 4 / 3, 2.0)):
         assert interpolation_of(table_of(32, scale).to(dtype), 32, 32) == scale
+        assert interpolation_of(table_of(32, scale).to(dtype).float(), 32, 32) == scale  # stored wide again
     assert interpolation_of(table_of(16, 2.0, base=32), 16, 16) == 1.0  # positions 0, 1, 2, ... whatever the base was
     assert interpolation_of(table_of(16, 1.0), 16, 32) == 2.0
 
@@ -98,6 +99,13 @@ def test_a_table_that_no_setting_explains_is_refused(tmp_path, kind, capsys):
 def test_a_table_of_another_shape_is_refused(tmp_path, shape, capsys):
     assert converted(tmp_path, torch.zeros(shape)) == 3
     assert f"pos_embed is {list(shape)}, expected [1, side * side, 96]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", ".nan", ".inf"])
+def test_a_scale_that_is_none_is_refused(tmp_path, scale, capsys):
+    assert converted(tmp_path, torch.zeros(1, 64, C), f"interpolation_scale={scale}") == 2
+    assert "SanaConfig.interpolation_scale must be a finite number above 0, or None, got" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_a_changed_size_keeps_the_positions(tmp_path):

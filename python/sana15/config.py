@@ -47,8 +47,9 @@ class SanaConfig:
                 raise ValueError(f"SanaConfig.{field.name} must be a positive integer, got {value!r}")
             if field.type == "float" and not (type(value) in (int, float) and 0 <= value < math.inf):
                 raise ValueError(f"SanaConfig.{field.name} must be a finite number of at least 0, got {value!r}")
-        if self.interpolation_scale is not None and type(self.interpolation_scale) not in (int, float):
-            raise ValueError(f"SanaConfig.interpolation_scale must be a number, got {self.interpolation_scale!r}")
+        scale = self.interpolation_scale
+        if scale is not None and not (type(scale) in (int, float) and 0 < scale < math.inf):
+            raise ValueError(f"SanaConfig.interpolation_scale must be a finite number above 0, or None, got {scale!r}")
         if self.num_cross_attention_heads * self.cross_attention_head_dim != self.width:
             raise ValueError(
                 f"SanaConfig: num_cross_attention_heads * cross_attention_head_dim = "

@@ -29,7 +29,7 @@ def interpolation_of(table: torch.Tensor, side: int, base: int) -> float | None:
     """The interpolation scale with which a model of base side `base` computes this table.
 
     Args:
-        table: [1, side * side, C] of a file, in the precision in which it was stored.
+        table: [1, side * side, C] of a file, also one that was rounded to 16 bits on its way there.
         side: tokens along one side of the table.
         base: sample_size // patch_size of the model's configuration.
 
@@ -46,8 +46,9 @@ def interpolation_of(table: torch.Tensor, side: int, base: int) -> float | None:
     if C % 4 or side < 2 or not rows.isfinite().all():
         raise ValueError("the table is neither all zeros nor 2-D sines and cosines of more than one position")
     found = _scale(rows[0, :, : C // 2].double(), base)
+    rounding = torch.finfo(_precision(rows)).eps
     for candidate in _candidates(found) if 0 < found < math.inf else ():
-        if candidate > 0 and _explains(rows, base, candidate):
+        if candidate > 0 and _explains(rows, base, candidate, rounding):
             return candidate
     raise ValueError("no interpolation scale gives these sines and cosines")
 
@@ -79,14 +80,20 @@ def _scale(columns: torch.Tensor, base: int) -> float:
     return base / (side * spacing) if spacing > 0 else 0.0
 
 
-def _explains(rows: torch.Tensor, base: int, scale: float) -> bool:
-    """Whether [side, side, C] is this table but for rounding: of its dtype, and of positions that were computed in fp32."""
+def _explains(rows: torch.Tensor, base: int, scale: float, rounding: float) -> bool:
+    """Whether [side, side, C] is this table but for its rounding, and for that of positions computed in fp32."""
     side, _, C = rows.shape
     cpu = torch.device("cpu")
     axis = position_embedding(1, side, C, base, scale, cpu)[:, : C // 2]  # of columns; rows have the same
-    tolerance = torch.finfo(rows.dtype).eps + 2**-22 * base / scale
+    tolerance = rounding + 2**-22 * base / scale
     for index, row in enumerate(rows):
         expected = torch.cat([axis, axis[index].expand(side, -1)], -1)
         if (row.to(expected.dtype) - expected).abs().max() > tolerance:
             return False
     return True
+
+
+def _precision(rows: torch.Tensor) -> torch.dtype:
+    """The narrowest precision that holds all the numbers: a file of 16 bits may have been stored with 32 again."""
+    narrow = (torch.bfloat16, torch.float16)
+    return next((d for d in narrow if torch.equal(rows.to(d).to(rows.dtype), rows)), torch.float32)
