@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shlex
 
 import pytest
 import torch
@@ -124,6 +125,46 @@ def test_diffusers_reads_a_sana_1_0_file(tmp_path, suffix):
         assert torch.equal(read.state_dict()[name], tensor), name
     with torch.no_grad():
         assert torch.equal(read(**inputs(given)).sample, given(**inputs(given)).sample)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_from_file_to_file_nothing_is_lost(tmp_path, dtype):
+    """Not what no folder keeps either: the features of the empty prompt, and the head for the loss."""
+    config = SanaConfig(**SIZES)
+    convert(folder_of(tmp_path / "in", tensors(config), config, 1, 0), tmp_path / "a.pth")
+    state = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]
+    shapes = {"y_embedder.y_embedding": (300, 24), "logvar_linear.weight": (1, 96), "logvar_linear.bias": (1,)}
+    state |= {name: torch.randn(shape) for name, shape in shapes.items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "b.pth")
+    convert(tmp_path / "b.pth", tmp_path / "c.SAFETENSORS", dtype=dtype, changes=HEADS)
+    convert(tmp_path / "c.SAFETENSORS", tmp_path / "d.pth", changes=HEADS)
+    for stored in (load_file(tmp_path / "c.SAFETENSORS"), torch.load(tmp_path / "d.pth")["state_dict"]):
+        assert stored.keys() == state.keys()
+        assert all(torch.equal(stored[name], t.to(dtype or t.dtype)) for name, t in state.items())
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a"])
+def test_numbers_too_large_for_the_dtype_are_refused(tmp_path, name, capsys):
+    """Where there was no infinity, none is written."""
+    config = SanaConfig(**SIZES)
+    state = tensors(config)
+    wide, key = "transformer_blocks.1.attn1.to_k.weight", "blocks.1.attn.qkv.weight"
+    state[wide][3, 4] = 1e5
+    folder = folder_of(tmp_path / "in", state, config, 2, 0)
+    assert main(["convert", str(folder), str(tmp_path / name), "--dtype", "fp16"]) == 2
+    told = capsys.readouterr().err
+    assert f"{wide if name == 'a' else key} holds numbers too large for float16" in told
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert main(["convert", str(folder), str(tmp_path / name), "--dtype", "bf16"]) == 0
+
+
+def test_the_command_that_reads_it_back_is_one_for_a_shell(tmp_path, capsys):
+    config = SanaConfig(**SIZES)
+    folder = folder_of(tmp_path / "in", tensors(config), config, 1, 0)
+    assert main(["convert", str(folder), str(tmp_path / "a 'b' c.pth")]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("to read it back: sana15 "))
+    words[2] = str(tmp_path / "back")
+    assert main(words) == 0
 
 
 def test_what_the_file_does_not_tell_is_said(tmp_path, capsys):

@@ -87,6 +87,14 @@ def require_finite(tensors: Mapping[str, torch.Tensor], whose: str, consequence:
             raise DataError(f"{whose}: {name} is not finite (NaN or Inf); {consequence}")
 
 
+def converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`tensor` in another dtype; ValueError where a finite number would become infinite."""
+    result = tensor.to(dtype)
+    if torch.promote_types(tensor.dtype, dtype) != dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}")
+    return result
+
+
 def stream_tensors(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]], path: Path
 ) -> None:
@@ -96,7 +104,7 @@ def stream_tensors(
         tensors: name -> (shape, dtype, what makes the tensor); its values are converted to that dtype.
 
     Raises:
-        ValueError: a tensor has another shape than announced.
+        ValueError: a tensor has another shape than announced, or numbers too large for its dtype.
     """
     # Wide numbers first, as the library orders them: then every tensor is aligned to its own width.
     order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
@@ -112,7 +120,7 @@ def stream_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             shape, dtype, make = tensors[name]
-            tensor = make().detach().to("cpu", dtype).contiguous()
+            tensor = converted(make().detach().cpu(), dtype, name).contiguous()
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

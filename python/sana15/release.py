@@ -31,7 +31,7 @@ from .checkpoint import (
 )
 from .concurrency import claiming
 from .config import SIZES, SanaConfig
-from .files import DataError, replacing
+from .files import DataError, converted, replacing
 from .model import SanaTransformer
 from .position_table import interpolation_of, position_table
 
@@ -108,7 +108,7 @@ def read_release(path: Path, *, ema: bool = False) -> dict[str, Weight]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return file_weights(path)
     try:
         with warnings.catch_warnings():
@@ -233,26 +233,32 @@ def to_release(weights: Weights, config: SanaConfig, dtype: torch.dtype | None =
     features of the empty prompt, which no folder keeps and the authors' loader fills in from a file of its own.
 
     Args:
-        dtype: of all tensors; None: as they are, that of stacked ones being wide enough for each part.
+        dtype: in which they are to be written; None: as they are, that of stacked ones being wide enough for each part.
     """
     groups: dict[str, dict[int, Weight]] = {}
     for name in parameter_shapes(config):
         theirs, part, _ = source_of(name)
         groups.setdefault(theirs, {})[part] = weights[name]
-    made = {name: _stacked([parts[i] for i in sorted(parts)], dtype) for name, parts in groups.items()}
+    made = {name: _stacked([parts[i] for i in sorted(parts)]) for name, parts in groups.items()}
     common = made["x_embedder.proj.weight"].dtype
     side = config.sample_size // config.patch_size
     made[POSITIONS] = Weight((1, side * side, config.width), common, lambda: position_table(config, common))
     null_text = (TEXT_TOKENS, config.caption_channels)
     made[NULL_TEXT] = Weight(null_text, common, lambda: torch.zeros(null_text, dtype=common))
-    return made
+    return made if dtype is None else {name: Weight(w.shape, dtype, w.load) for name, w in made.items()}
 
 
-def _stacked(parts: list[Weight], dtype: torch.dtype | None) -> Weight:
+def _stacked(parts: list[Weight]) -> Weight:
     """The parts one below the other."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    widest = dtype or functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    widest = functools.reduce(torch.promote_types, (part.dtype for part in parts))
     return Weight(shape, widest, lambda: torch.cat([part.load().to(widest) for part in parts]))
+
+
+def _kept(stored: Weights, dtype: torch.dtype | None) -> dict[str, Weight]:
+    """What a release file holds beside the model and goes on to another release file: all but the table, which is made."""
+    kept = {name: stored[name] for name in LEFT_OUT if name in stored and name != POSITIONS}
+    return {name: Weight(w.shape, dtype or w.dtype, w.load) for name, w in kept.items()}
 
 
 def needed_changes(weights: Weights, config: SanaConfig) -> dict[str, Any]:
@@ -277,7 +283,7 @@ def _write_release(weights: Weights, target: Path) -> None:
             write_weights(weights, partial)
             return
         # clone: a view would bring the whole of what it was cut from into the file
-        state = {name: weight.load().to(weight.dtype).clone() for name, weight in weights.items()}
+        state = {name: converted(w.load(), w.dtype, name).clone() for name, w in weights.items()}
         with partial.open("wb") as file:  # a path's name would become part of the file
             torch.save({"state_dict": state}, file)
 
@@ -303,13 +309,14 @@ def convert(
         changes: configuration values that a release file does not tell (num_cross_attention_heads, sample_size, ...).
 
     Raises:
-        ValueError: the target exists, or changes that cannot be. FileNotFoundError, DataError: the source is bad.
+        ValueError: the target exists, changes that cannot be, or numbers too large for dtype. FileNotFoundError, DataError: the source is bad.
     """
     source, target = Path(source), Path(target)
     if target.exists():
         raise ValueError(f"{target} exists; remove it or choose another place")
     if target.suffix.lower() in (".pt", ".ckpt", ".bin"):
         raise ValueError(f"{target} is no name for a folder, and files are written as .pth or .safetensors")
+    stored: Weights = {}
     if source.is_dir():
         if changes or ema:
             raise ValueError(f"{source} is a folder with its own config.json: no changes, no averaged weights")
@@ -320,7 +327,7 @@ def convert(
         config = infer_config(stored, str(source), changes)
         weights = from_release(stored, config, str(source))
     if target.suffix.lower() in (".safetensors", ".pth"):
-        _write_release(to_release(weights, config, dtype), target)
+        _write_release(to_release(weights, config, dtype) | _kept(stored, dtype), target)
     else:
         write_folder(config, weights, target, dtype=dtype, shard_bytes=shard_bytes)
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -47,4 +48,4 @@ def run(args: argparse.Namespace) -> None:
     )
     if Path(args.target).is_file() and (needed := needed_changes(read_release(Path(args.target)), config)):
         words = (f"{name}={yaml.safe_dump(value).splitlines()[0]}" for name, value in needed.items())
-        print(f"to read it back: sana15 convert {args.target} FOLDER {' '.join(words)}")
+        print(f"to read it back: sana15 convert {shlex.quote(args.target)} FOLDER {' '.join(words)}")
