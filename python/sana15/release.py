@@ -309,7 +309,8 @@ def convert(
         changes: configuration values that a release file does not tell (num_cross_attention_heads, sample_size, ...).
 
     Raises:
-        ValueError: the target exists, changes that cannot be, or numbers too large for dtype. FileNotFoundError, DataError: the source is bad.
+        ValueError: the target exists, changes that cannot be, or numbers too large for dtype. FileNotFoundError, DataError: the
+        source is bad.
     """
     source, target = Path(source), Path(target)
     if target.exists():
