@@ -76,7 +76,8 @@ def test_a_known_key_in_any_form(monkeypatch, form):
     ("GET /v1?api_key=abc&n=1 and https://h/?sig=abc", "abc"), ("Authorization: Basic dXNlcjpwdw==", "dXNl"),
     ("{'Authorization': 'Bearer abc', 'n': 1}", "abc"), ('{"api_key": "abc", "n": 1}', "abc"), ("X-Api-Key: abcd", "abcd"),
     ("Incorrect API key provided: sk-ab***yz. See https://h", "yz"), ("invalid token hf_abcdefghijKLMN", "hf_a"),
-    ("https://h/v1?whatever=A1b2C3d4E5f6G7h8I9j0K", "A1b2"),
+    ("https://h/v1?whatever=A1b2C3d4E5f6G7h8I9j0K", "A1b2"), ("bearer abc-def-1 is wrong", "abc-def"),
+    ("bad key sk-proj-Abcdefgh12345678", "Abcd"), ("not sk-ab****yz", "yz"), ("Token 9944b09199c62bcf9418ad846dd0e4bb", "9944"),
 ])  # fmt: skip
 def test_what_looks_like_a_secret(text, secret):
     assert secret not in redacted(text)
@@ -86,10 +87,34 @@ def test_what_looks_like_a_secret(text, secret):
 @pytest.mark.parametrize("text", [
     "tokenizer.json is missing", "the first token is no number", "http://host:8000/v1#model", "learned:DIR", "a red circle",
     "https://h/v1/@cf/model?api-version=2024-10-21", "hf_hub_download failed", "KeyError: 'key'", "Basic usage", os.getcwd(),
+    "a ring bearer holding flowers", "the bearer of bad news", "/data/sk-learn-models/x.json is missing", "sk-image-1.2.3",
+    "https://h/v1?model=Qwen2.5-VL-7B-Instruct-AWQ", "https://h/m?revision=0123456789abcdef0123456789abcdef01234567",
+    "the secretary: a woman", "no token /root/.cache/huggingface/token is there", "unknown token transformer.flow_shift=2",
+    "3f786850e387550fdab836ed7e6dc881de23001bd0b3f6a8ee0f0a5f6b8b2c2e differs",
     "http://[::1]:8000/v1 answered 503: busy", "max_tokens=1", "bearer token is missing", "--judge http://HOST/v1#MODEL",
 ])  # fmt: skip
 def test_what_stays(text):
     assert redacted(text) == text
+
+
+@pytest.mark.parametrize("key", ["/base64+with/slash7=", "~tilde-77", ".hidden-77"])
+def test_a_key_that_begins_like_a_path(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert redacted(f"refused {key}, really") == f"refused {HIDDEN}, really"
+
+
+@pytest.mark.parametrize("value", ["EMPTY", "dummy", "test", os.path.dirname(__file__)])
+def test_a_variable_that_holds_no_secret(monkeypatch, value):
+    """Words for servers that want no key, and the path of a key's file."""
+    monkeypatch.setenv("OPENAI_API_KEY", value)
+    assert redacted(f"{value} is a word") == f"{value} is a word"
+    assert redacted_values({"set": value}) == {"set": value}
+
+
+def test_numbers_and_marks_of_a_model_are_no_secrets():
+    told = {"token_length": 77, "key_points": 17, "session": 3, "bos_token": "<s>", "eos_token": "</s>"}
+    assert redacted_values(told) == told
+    assert redacted_values({"password": 1234, "api_key": "a"}) == {"password": HIDDEN, "api_key": HIDDEN}
 
 
 def test_values_for_a_file(monkeypatch):
@@ -182,6 +207,20 @@ def test_a_server_that_repeats_the_key(server, monkeypatch, body, status):
     with pytest.raises((ValueError, OSError)) as error:
         ServerJudge(f"http://{url}").judge([PICTURE], {"prompt": "x"})
     assert "zebra" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [
+    {"message": {"content": "UPPER-" + KEY}}, {"logprobs": {"content": [{"token": "UPPER-" + KEY, "logprob": -0.1}]}},
+])  # fmt: skip
+def test_a_model_that_repeats_the_key(server, monkeypatch, answer):
+    """Its answer is shown in small letters."""
+    url, replies, _ = server
+    monkeypatch.setenv("OPENAI_API_KEY", "UPPER-" + KEY)
+    replies += [(200, json.dumps({"choices": [answer]}), {})]
+    with pytest.raises(ValueError, match=r"says|but") as error:
+        ServerJudge(f"http://{url}").judge([PICTURE], {"prompt": "x"})
+    assert "zebra" not in str(error.value)
+    assert "upper" not in str(error.value)
 
 
 def test_the_key_follows_no_redirect(server, monkeypatch):

@@ -27,20 +27,28 @@ _WORDS = r"key|token|secret|passw|passphrase|pwd|credential|signature|authorizat
 #: Names of fields, and of query parameters, whose values are secret; and names of that kind whose values are not.
 _SECRET_FIELD = re.compile(_WORDS, re.IGNORECASE)
 _SECRET_PARAMETER = re.compile(rf"{_WORDS}|^(?:k|p|pw|pass|sig|code|sas)$", re.IGNORECASE)
-_PLAIN_FIELD = re.compile(r"tokens$|tokenize|token_type|token_id|keyboard|monkey|keyword", re.IGNORECASE)
+_PLAIN_FIELD = re.compile(
+    r"tokens$|tokenize|token_type|token_id|^(?:bos|eos|pad|unk|image)_token$|keyboard|monkey|keyword|key_?(?:points|frames)",
+    re.IGNORECASE,
+)
+_SECRET_NUMBER = re.compile(r"passw|passphrase|pwd|secret", re.IGNORECASE)
 #: Environment variables whose values are secret (PWD is a folder).
 _SECRET_VARIABLE = re.compile(
     r"(?:(?:^|_)(?:key|apikey|token|secret|passw(?:or)?d|passphrase|pass|credentials?|auth|authorization|jwt|pat|cookie)|_pwd)"
     r"(?:_(?!file|path|dir|type|name|id|url|sock)[a-z0-9]{1,8})?$",
     re.IGNORECASE,
 )  # fmt: skip
-#: What such a variable says when it holds no secret.
-_NO_SECRET = re.compile(r"\s*(?:true|false|none|null|yes|no|on|off|\d{0,2}|[/~.].*)\s*$", re.IGNORECASE)
+#: What such a variable says when it holds no secret, such as the words given to servers that want no key.
+_NO_SECRET = re.compile(
+    r"\s*(?:true|false|none|null|yes|no|on|off|\d{0,2}|empty|dummy|unused|test|local|token|ollama|lm-studio)\s*$",
+    re.IGNORECASE,
+)
 
 _URL = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,20}:/{2})(?P<rest>[^\s\"'<>]+)", re.IGNORECASE)
 #: user:password@ before the host; what follows a port that is no number, up to the last @, is a password with a / # or ? in it.
 _USERINFO = re.compile(r"^(?:[^/?#]*@|[^/?#@:\[\]]*:(?!\d{0,5}(?:[/?#]|$))\S*@)")
 _PARAMETER = re.compile(r"(?P<name>[?&;#][^=&#?\s]{1,100}=)(?P<value>[^&#\s\"'<>]*)")
+_PLAIN_PARAMETER = re.compile(r"(?:api-)?version|revision|commit|model|deployment|name", re.IGNORECASE)
 _OPAQUE = re.compile(r"(?=[^&]*\d)(?=[^&]*[A-Za-z])[\w.~%+/=-]{20,}$")
 _BARE_USERINFO = re.compile(r"(?<![\w/@:.-])[^\s:/@\"'=]{1,100}:[^\s/@\"']{1,200}@(?=[\w\[])")
 _SCHEMES = re.compile(
@@ -48,12 +56,12 @@ _SCHEMES = re.compile(
 )
 _FIELD = re.compile(
     r"(?P<name>(?<![\w-])[\"']?[\w-]{0,40}(?:api[-_ ]?key|access[-_]?key|secret|password|passwd|pwd|authorization|access[-_]?token|"
-    r"auth[-_]?token|hf[-_]token)[\w-]{0,40}[\"']?(?:\s+(?:provided|given|sent|used))?\s*[:=]\s*(?:b(?=[\"']))?)(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&}<>]+)",
+    r"auth[-_]?token|hf[-_]token)(?!ar(?:y|ies)\b)[\w-]{0,40}[\"']?(?:\s+(?:provided|given|sent|used))?\s*[:=]\s*(?:b(?=[\"']))?)(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&}<>]+)",
     re.IGNORECASE,
 )  # fmt: skip
 #: Forms that issuers gave their keys: OpenAI, Hugging Face, GitHub, Groq, xAI, Replicate, NVIDIA, GitLab, Google, AWS, Slack; JWT.
 _KNOWN_FORM = re.compile(
-    r"(?<![A-Za-z0-9])(?:sk-[\w*.-]{6,}|hf_[A-Za-z0-9*]{10,}|api_org_\w{10,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|gsk_\w{16,}|"
+    r"(?<![A-Za-z0-9])(?:sk-(?=[\w.-]{0,40}(?:\*|[A-Za-z0-9_]{14}))[\w*.-]{6,}|hf_[A-Za-z0-9*]{10,}|api_org_\w{10,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|gsk_\w{16,}|"
     r"xai-[\w*-]{10,}|r8_\w{16,}|nvapi-[\w*-]{10,}|glpat-[\w-]{10,}|pplx-\w{10,}|tgp_v1_[\w-]{10,}|AIza[\w*-]{16,}|"
     r"(?:AKIA|ASIA)[A-Z0-9]{12,}|xox[abprs]-[\w-]{8,}|eyJ[\w-]{8,}\.[\w-]{4,}\.[\w-]*)"
 )  # fmt: skip
@@ -94,7 +102,8 @@ def redacted_values(value: Any, name: str = "") -> Any:
         return [redacted_values(v, name) for v in value]
     if isinstance(value, str):
         value = _looks(_known(value, least=8))
-    secret = value not in (None, "") and not isinstance(value, bool) and _is_secret(name, _SECRET_FIELD)
+    pattern = _SECRET_NUMBER if isinstance(value, (int, float)) else _SECRET_FIELD  # token_length is no secret
+    secret = value not in (None, "") and not isinstance(value, bool) and _is_secret(name, pattern)
     return HIDDEN if secret else value
 
 
@@ -184,11 +193,16 @@ def _of_environment() -> Iterator[str]:
         if name.lower().endswith("_proxy") or "://" in value:
             for part in value.split():
                 yield from _of_url(part)
-        if _SECRET_VARIABLE.search(name) and not _NO_SECRET.match(value):
+        if _SECRET_VARIABLE.search(name) and not _NO_SECRET.match(value) and not _is_file(value):
             yield value
             yield from value.split()  # a key of two lines
     with contextlib.suppress(OSError, UnicodeDecodeError, RuntimeError):
         yield Path(os.environ.get("HF_TOKEN_PATH") or _hugging_face() / "token").read_text(encoding="utf-8")
+
+
+def _is_file(value: str) -> bool:
+    """Whether it names a file or folder; a key in base64 may begin with a slash, too."""
+    return value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value))
 
 
 def _hugging_face() -> Path:
@@ -222,19 +236,21 @@ def _clean_url(found: re.Match[str]) -> str:
 
 
 def _clean_parameter(found: re.Match[str]) -> str:
-    secret = _is_secret(found["name"][1:-1], _SECRET_PARAMETER) or _OPAQUE.match(found["value"])
-    return found["name"] + (HIDDEN if secret and found["value"] else found["value"])
+    name, value = found["name"][1:-1], found["value"]
+    secret = _is_secret(name, _SECRET_PARAMETER) or (_OPAQUE.match(value) and not _PLAIN_PARAMETER.fullmatch(name))
+    return found["name"] + (HIDDEN if secret and value else value)
 
 
 def _clean_scheme(found: re.Match[str]) -> str:
-    """Of "Bearer KEY", KEY; not of a sentence about basic auth, bearer tokens or a token."""
+    """Of "Bearer KEY", KEY; not of a sentence about basic auth, a bearer of something or a token."""
     scheme, value = found["scheme"].lower(), found["value"]
     if scheme == "bearer":
-        secret = not re.match(r"(?:tokens?|auth\w*|scheme|credentials?|realm=.*)\W*$", value, re.IGNORECASE)
+        word = r"[a-z]{3,15}" if found["scheme"] == "bearer" else r"(?:tokens?|auth\w*|scheme|credentials?|realm=.*)"
+        secret = not re.match(rf"{word}\W*$", value, re.IGNORECASE)
     elif scheme == "basic":
         secret = _is_basic(value)
     else:
-        secret = len(value) >= 16 and not value.isalpha()
+        secret = bool(re.match(r"(?=\D*\d)(?=[^A-Za-z]*[A-Za-z])\w[\w+/=-]{15,}$", value))
     return f"{found['scheme']}{found['gap']}{HIDDEN}" if secret else found[0]
 
 

@@ -147,7 +147,8 @@ def _neither(tokens: list[Token], head: Token | None, left: float) -> str:
 
 
 def _shown(text: str) -> str:
-    return repr(redacted(plain(text).strip().lower() or plain(text))[:40])
+    shown = redacted(plain(text))  # before it is in small letters: a key would not be known in them
+    return repr((shown.strip().lower() or shown)[:40])
 
 
 # Which token is the answer's first
