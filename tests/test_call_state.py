@@ -139,8 +139,16 @@ def test_a_failing_call_leaves_nothing_behind(made, pause, monkeypatch):
     assert np.array_equal(pixels(generator.finish(generator.start(PROMPTS, SEEDS))), expected)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is a KeyboardInterrupt, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("policy", ["best_of_n", "halving"])
-def test_an_interrupted_search_leaves_nothing_behind(made, policy, tmp_path):
+def test_an_interrupted_search_leaves_nothing_behind(made, policy, tmp_path, interruptible):
     pipe = pag(made)
     calls = []
 
