@@ -181,12 +181,13 @@ def _lock(path: Path, what: str | Path, *, shared: bool = False, wait: bool = Fa
         yield
     finally:
         if os.getpid() == process:  # not a fork that unwinds its parent's stack
+            with _guard:  # before the file goes: the name is then free for another thread's lock
+                if not shared:
+                    del _held[path]
             with suppress(OSError):
                 if not shared or (flock(descriptor) and _is(descriptor, path)):
                     path.unlink()
             with _guard:
-                if not shared:
-                    del _held[path]
                 _open.discard(descriptor)
                 os.close(descriptor)
 
