@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,6 +139,8 @@ def contact_sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
 class Stock(nn.Module):
     """diffusers' SanaTransformer2DModel, untouched, behind SanaTransformer's interface: the same weights in eager PyTorch."""
 
+    projects = False  # it projects the text anew at every step
+
     def __init__(self, folder: Path) -> None:
         from diffusers import SanaTransformer2DModel
 
@@ -147,23 +149,10 @@ class Stock(nn.Module):
         self.model = SanaTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
         self.proj_out = self.model.proj_out
 
-    def project(self, text: torch.Tensor, mask: torch.Tensor) -> _Unprojected:
-        return _Unprojected(text, mask)
-
     def forward(
-        self, latents: torch.Tensor, text: _Unprojected, timestep: torch.Tensor, mask: None = None
+        self, latents: torch.Tensor, text: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        return self.model(latents, text.states, timestep, encoder_attention_mask=text.mask, return_dict=False)[0]
-
-
-class _Unprojected(NamedTuple):
-    """The text as it is: diffusers projects it anew at every step."""
-
-    states: torch.Tensor  # [B, T, width]
-    mask: torch.Tensor  # [B, T]
-
-    def last(self, B: int) -> _Unprojected:
-        return _Unprojected(self.states[-B:], self.mask[-B:])
+        return self.model(latents, text, timestep, encoder_attention_mask=mask, return_dict=False)[0]
 
 
 def timing_table(pipe: Pipeline, settings: Sampling, lines: list[dict[str, Any]]) -> str:
