@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers_models import fused_calls
 from module_changes import adapt, leaves, parametrize, record, sloped
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,6 +15,8 @@ from test_model import batch, pair
 from torch import nn
 
 import sana15
+from sana15.depth import chosen_blocks
+from sana15.guidance import GuidedVelocity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPRINT = {"guidance_embeds": True, "num_layers": 1}
@@ -161,9 +164,43 @@ def test_a_text_is_projected_only_where_no_block_wants_to_see_it():
     with pytest.raises(ValueError, match="replaced or has hooks"):
         model.project(text)
     handle.remove()
-    model.transformer_blocks[1].attn2.to_k.register_forward_hook(lambda module, args, out: out * 2)
     t = batch()["timestep"]
     assert torch.equal(model(batch()["latents"], model.project(text), t), model(batch()["latents"], text, t))
+
+
+ON_THE_TEXTS_WAY = ["caption_projection", "caption_projection.linear_2", "caption_norm"]
+ON_THE_TEXTS_WAY += [f"transformer_blocks.0.attn2.{name}" for name in ("to_k", "to_v", "norm_k")]
+
+
+@pytest.mark.parametrize("name", ON_THE_TEXTS_WAY)
+def test_a_hook_on_the_texts_way_is_called_at_every_step(name):
+    """It may do something else at every step, as hooks that blend two prompts do."""
+    model = pair()[1]
+    values, calls = batch(), []
+    model.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
+    velocity = GuidedVelocity(model, values["text"], values["mask"], 1.0)
+    with torch.no_grad():
+        for _ in range(3):
+            velocity(values["latents"], 0.5)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("change", ["accelerate", "parametrised", "compiled"])
+def test_a_view_of_a_changed_model_runs_its_own_blocks_or_says_why_not(change):
+    model, values = pair()[1], batch()
+    expected = output(chosen_blocks(model, [0]), values)
+    if change == "accelerate":
+        add_hook_to_module(model, ModelHook())
+        with pytest.raises(ValueError, match="forward was replaced"):
+            chosen_blocks(model, [0])
+        return
+    if change == "parametrised":
+        parametrize(model, "scale_shift_table").factor.data.fill_(1.0)
+    else:
+        model.compile(backend="eager")
+    view = chosen_blocks(model, [0])
+    assert_close(output(view, values), expected, change)
+    assert len(view.transformer_blocks) == 1 < len(model.transformer_blocks)
 
 
 def test_pipeline_with_a_replaced_block():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +13,20 @@ from .model import SanaTransformer
 
 
 def with_blocks(model: SanaTransformer, blocks: Sequence[nn.Module]) -> SanaTransformer:
-    """The model with other blocks in the place of its own; everything else is shared with it."""
-    view = copy.copy(model)
-    view._modules = dict(model._modules)
+    """The model with other blocks in the place of its own; everything else is shared with it.
+
+    Raises:
+        ValueError: a forward on the model itself, which would run the model instead of the view.
+    """
+    state = dict(vars(model))
+    if "forward" in state:
+        raise ValueError(
+            "the model's forward was replaced (by an offloading or casting hook), so it cannot run with other blocks; "
+            "take that off first"
+        )
+    state.pop("_compiled_call_impl", None)  # compiled, it would call the model, too
+    view: SanaTransformer = object.__new__(type(model))  # copy.copy refuses a parametrised model
+    vars(view).update(state, _modules=dict(model._modules))
     view.transformer_blocks = nn.ModuleList(blocks)
     view.config = dataclasses.replace(model.config, num_layers=len(blocks))
     view.growth_map = view.kept_blocks = None

@@ -177,7 +177,8 @@ class SanaTransformer(nn.Module):
         """
         if not self.projects:
             raise ValueError(
-                "a block or its cross-attention was replaced or has hooks, so no text can be projected for it"
+                "a block, its cross-attention or a layer on the text's way was replaced or has hooks, so no text can be "
+                "projected for it"
             )
         self._check_text(text, text_mask, text.shape[0])
         states = self._states(text)
@@ -187,10 +188,19 @@ class SanaTransformer(nn.Module):
 
     @property
     def projects(self) -> bool:
-        """Whether `project` may stand for the text: no block or cross-attention is replaced or has hooks, which might want
-        to see the text itself."""
+        """Whether `project` may stand for the text: no block, cross-attention or layer on the text's way is replaced or has
+        hooks, which might want to see the text itself, or to be called at every step."""
         plain = sana_ext.nn.is_plain
-        return all(plain(b, Block) and plain(b.attn2, CrossAttention) for b in self.transformer_blocks)  # type: ignore[arg-type]
+        caption, blocks = self.caption_projection, list(self.transformer_blocks)
+        return (
+            plain(caption, TextProjection)
+            and plain(caption.linear_1, Linear)
+            and plain(caption.linear_2, Linear)
+            and plain(self.caption_norm, RMSNorm)
+            and all(plain(b, Block) and plain(b.attn2, CrossAttention) for b in blocks)  # type: ignore[arg-type]
+            and all(plain(b.attn2.to_k, Linear) and plain(b.attn2.to_v, Linear) for b in blocks)  # type: ignore[union-attr,arg-type]
+            and all(b.attn2.norm_k is None or plain(b.attn2.norm_k, RMSNorm) for b in blocks)  # type: ignore[union-attr,arg-type]
+        )
 
     def _states(self, text: torch.Tensor) -> torch.Tensor:
         return self.caption_norm(self.caption_projection(text))
