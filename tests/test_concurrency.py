@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -244,6 +245,62 @@ def test_a_failing_run_takes_away_what_it_made_and_no_more(tmp_path):
         with pytest.raises(FileNotFoundError):
             export("geneval", tmp_path / "nothing", tmp_path / place / "x")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_folder_that_a_run_works_in_is_not_replaced(tmp_path):
+    model = source()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/picture").write_text("there")
+    with another(claimed(tmp_path / "run")), pytest.raises(InUse, match="run is in use"):
+        save_transformer(model, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["picture"]
+    save_transformer(model, tmp_path / "run")
+    assert not [*tmp_path.glob(".*")] and not [*tmp_path.glob("run/.*")]
+
+
+def test_a_run_whose_folder_was_moved_leaves_the_next_ones_lock_alone(tmp_path):
+    with claimed(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        next_one = another(claimed(tmp_path / "run"))
+        next_one.__enter__()
+    assert (tmp_path / "run/.lock").exists()
+    with pytest.raises(InUse), claimed(tmp_path / "run"):
+        pass
+    next_one.__exit__(None, None, None)
+
+
+FORKING = """
+import os, signal, threading
+from sana15.concurrency import using
+
+class Shared:
+    pass
+
+shared, ready, over = Shared(), threading.Event(), threading.Event()
+
+def hold():
+    with using(shared):
+        ready.set()
+        over.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+ready.wait()
+child = os.fork()
+if not child:
+    signal.alarm(5)
+    with using(shared):
+        os._exit(0)
+status = os.waitpid(child, 0)[1]
+over.set()
+thread.join()
+raise SystemExit(status != 0)
+"""
+
+
+def test_a_forked_worker_does_not_wait_for_a_thread_of_its_parent():
+    subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=60)
 
 
 LAUNCHED = [{"WORLD_SIZE": "2", "RANK": "0"}, {"RANK": "1"}, {"LOCAL_RANK": "3", "WORLD_SIZE": "1"}]

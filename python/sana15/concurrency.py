@@ -87,7 +87,7 @@ def claimed(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def claimed_target(target: str | Path, *, wait: bool = False) -> Iterator[None]:
-    """While it is open, no other run writes this file, or this folder that appears when it is whole.
+    """While it is open, no other run writes this file, or this folder that appears when it is whole, or works in it.
 
     The lock is a hidden file beside it. Missing parents are made, and go again if they stay empty.
 
@@ -98,7 +98,7 @@ def claimed_target(target: str | Path, *, wait: bool = False) -> Iterator[None]:
     missing = _missing(target.parent)
     with ExitStack() as stack:
         stack.callback(_unmake, missing)
-        stack.enter_context(_until_settled(lambda: _writing(target, given, wait), lambda: False))
+        stack.enter_context(_until_settled(lambda: _replacing(target, given, wait), lambda: False))
         yield
 
 
@@ -118,6 +118,16 @@ def _working_in(folder: Path, given: str | Path, shared: bool) -> Iterator[None]
 def _writing(target: Path, given: str | Path, wait: bool) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target.with_name(f".{target.name}.lock"), given, wait=wait):
+        yield
+
+
+@contextmanager
+def _replacing(target: Path, given: str | Path, wait: bool) -> Iterator[None]:
+    """As _writing; nobody works in a folder that is there and would go."""
+    with ExitStack() as stack:
+        stack.enter_context(_writing(target, given, wait))
+        if target.is_dir():
+            stack.enter_context(_lock(target / ".lock", given, wait=wait))
         yield
 
 
@@ -182,10 +192,11 @@ def _lock(path: Path, what: str | Path, *, shared: bool = False, wait: bool = Fa
     finally:
         if os.getpid() == process:  # not a fork that unwinds its parent's stack
             with _guard:  # before the file goes: the name is then free for another thread's lock
-                if not shared:
+                if not shared and _held.get(path) == me:
                     del _held[path]
             with suppress(OSError):
-                if not shared or (flock(descriptor) and _is(descriptor, path)):
+                # Not the lock of another run where the folder was moved in the meantime, or replaced.
+                if (not shared or flock(descriptor)) and _is(descriptor, path):
                     path.unlink()
             with _guard:
                 _open.discard(descriptor)
@@ -256,9 +267,10 @@ def _unmake(made: Iterable[Path]) -> None:
 
 
 def _forget() -> None:
-    """In a forked worker: its copies of the descriptors would keep the locks when the run itself is killed."""
-    global _guard
-    _guard = threading.Lock()
+    """In a forked worker: its copies of the descriptors would keep the locks when the run itself is killed, and locks that
+    other threads had at that moment are released by nobody."""
+    global _guard, _any_lock, _locks
+    _guard, _any_lock, _locks = threading.Lock(), threading.RLock(), weakref.WeakKeyDictionary()
     for descriptor in _open:
         with suppress(OSError):
             os.close(descriptor)

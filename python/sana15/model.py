@@ -141,6 +141,15 @@ class Text(NamedTuple):
         return Text([(k[rows], v[rows]) for k, v in self.pairs], None if self.bias is None else self.bias[rows])
 
 
+def _projects(block: Any) -> bool:
+    """Whether keys and values may stand for the text in this block."""
+    plain = sana_ext.nn.is_plain
+    if not plain(block, Block) or not plain(attn := block.attn2, CrossAttention):
+        return False
+    norm = attn.norm_k
+    return plain(attn.to_k, Linear) and plain(attn.to_v, Linear) and (norm is None or plain(norm, RMSNorm))
+
+
 class SanaTransformer(nn.Module):
     """Latents, text features and a timestep in; the flow's velocity out.
 
@@ -190,16 +199,13 @@ class SanaTransformer(nn.Module):
     def projects(self) -> bool:
         """Whether `project` may stand for the text: no block, cross-attention or layer on the text's way is replaced or has
         hooks, which might want to see the text itself, or to be called at every step."""
-        plain = sana_ext.nn.is_plain
-        caption, blocks = self.caption_projection, list(self.transformer_blocks)
+        plain, caption = sana_ext.nn.is_plain, self.caption_projection
         return (
             plain(caption, TextProjection)
             and plain(caption.linear_1, Linear)
             and plain(caption.linear_2, Linear)
             and plain(self.caption_norm, RMSNorm)
-            and all(plain(b, Block) and plain(b.attn2, CrossAttention) for b in blocks)  # type: ignore[arg-type]
-            and all(plain(b.attn2.to_k, Linear) and plain(b.attn2.to_v, Linear) for b in blocks)  # type: ignore[union-attr,arg-type]
-            and all(b.attn2.norm_k is None or plain(b.attn2.norm_k, RMSNorm) for b in blocks)  # type: ignore[union-attr,arg-type]
+            and all(_projects(block) for block in self.transformer_blocks)
         )
 
     def _states(self, text: torch.Tensor) -> torch.Tensor:
