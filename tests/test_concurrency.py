@@ -255,7 +255,8 @@ def test_a_folder_that_a_run_works_in_is_not_replaced(tmp_path):
         save_transformer(model, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["picture"]
     save_transformer(model, tmp_path / "run")
-    assert not [*tmp_path.glob(".*")] and not [*tmp_path.glob("run/.*")]
+    assert not [*tmp_path.glob(".*")]
+    assert not [*tmp_path.glob("run/.*")]
 
 
 def test_a_run_whose_folder_was_moved_leaves_the_next_ones_lock_alone(tmp_path):
