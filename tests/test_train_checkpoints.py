@@ -287,6 +287,29 @@ def test_a_configuration_that_an_older_version_left_half_written_does_not_stop_t
         train(options(tmp_path))
 
 
+@pytest.mark.parametrize("what", ["a link", "a file"])
+def test_what_has_a_checkpoints_name_stops_the_run_before_its_work(what, tmp_path, monkeypatch):
+    """As a checkpoint that was moved to another disk and left a link."""
+    train(load_config(None, [*OPTIONS, f"out={tmp_path}", "steps=2"]))
+    before, at = (tmp_path / "metrics.jsonl").read_bytes(), tmp_path / "checkpoint-00000002"
+    if what == "a link":
+        at.symlink_to(shutil.move(at, tmp_path / "moved"))
+    else:
+        at = tmp_path / "checkpoint-00000004"
+        at.write_text("mine")
+    monkeypatch.setattr("sana15.text_task.TextTask.loss", None)
+    with pytest.raises(DataError, match=f"{at.name} is no folder of this run"):
+        train(load_config(None, [*OPTIONS, f"out={tmp_path}"]))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_configuration_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes("steps: 1".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"config\.yaml is not valid YAML"):
+        load_config(path, [])
+
+
 def test_a_file_called_export_stays(tmp_path):
     (tmp_path / "export").write_text("mine")
     with pytest.raises(NotADirectoryError, match="export is a file"):

@@ -34,7 +34,7 @@ from .files import DataError, replace_folder, staging, sync_folder, write_durabl
 from .growth_training import set_learning_rates
 from .measuring import evaluating, unchanged
 from .soap import SOAP
-from .train_checkpoints import checkpoints, remove_old, resume, save, take_over
+from .train_checkpoints import checkpoints, remove_old, require_free, resume, save, take_over
 from .train_config import TrainConfig, load_config
 
 
@@ -114,6 +114,7 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(config, task.groups())
     average = Average(task.module, config.ema)
     first, averaged = resume(out, task.module, optimizer)
+    require_free(out, lambda step: first < step <= config.steps and save_is_due(config, step))
     average.values = averaged or average.values
     remove_old(out, first, config.keep)  # as the run would have done that was killed
     if not first and isinstance(task, TransformerTask) and config.transformer.start_run:
@@ -160,7 +161,7 @@ def train(config: TrainConfig) -> Path:
             bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.1e}", imgs=f"{rate:.0f}/s")
             begin, seen = time.perf_counter(), 0
             total.zero_()
-        if done % config.save_every == 0 or done == config.steps:
+        if save_is_due(config, done):
             log.sync()
             save(out, done, task.module, average.values, optimizer, config.keep)
         if sample_is_due(config, done):
@@ -171,6 +172,11 @@ def train(config: TrainConfig) -> Path:
     log.close()
     export(task, average, out / "export")
     return out / "export"
+
+
+def save_is_due(config: TrainConfig, done: int) -> bool:
+    """Whether a checkpoint is written when so many steps are done."""
+    return done % config.save_every == 0 or done == config.steps
 
 
 def sample_is_due(config: TrainConfig, done: int) -> bool:

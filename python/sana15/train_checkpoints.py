@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,8 +48,7 @@ def save(
         DataError: a value is not finite, or something that is no checkpoint has the name. All checkpoints stay as they are.
     """
     target = out / f"checkpoint-{step:08d}"
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise DataError(f"{target} is no folder of this run; move it away to go on")
+    _require_own(target)
     names = _names(optimizer)
     state = {"weights": module.state_dict(), "average": average, "optimizer": _flat(optimizer)}
     copies = {file: {k: v.detach().contiguous().cpu().clone() for k, v in t.items()} for file, t in state.items()}
@@ -64,6 +63,18 @@ def save(
             write_tensors(tensors, partial / f"{file}.safetensors", about)
         replace_folder(partial, target)
     remove_old(out, step, keep)
+
+
+def require_free(out: Path, due: Callable[[int], bool]) -> None:
+    """DataError where something that is no checkpoint, such as a link, has the name of one that is due: before the work."""
+    for path in out.glob("checkpoint-*"):
+        if (m := FOLDER.fullmatch(path.name)) and due(int(m[1])):
+            _require_own(path)
+
+
+def _require_own(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise DataError(f"{target} is no folder of this run; move it away to go on")
 
 
 def resume(out: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, Tensors]:

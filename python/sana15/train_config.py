@@ -134,7 +134,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
     if path is not None:
         try:
             values = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a mapping of keys to values")
