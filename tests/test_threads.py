@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPAGPipeline, SanaPipeline
+from kill_train import OPTIONS
 from PIL import Image
+from safetensors.torch import load_file
 from search_fakes import Grey, Meter
 from test_generator import parts as parts  # the fixture
 from test_generator import pixels
@@ -38,6 +41,7 @@ from sana15.scaling.search import search
 from sana15.scenes import testset
 from sana15.scenes.prompts import parse
 from sana15.text import GemmaTextEncoder
+from sana15.text_task import TextTask
 from sana15.train import train
 from sana15.train_config import load_config
 from sana15.trajectory import calibration
@@ -329,6 +333,44 @@ def test_trainings_begin_with_their_own_weights(tmp_path, monkeypatch):
         return begun.value.args[0]
 
     check([partial(weights, seed) for seed in range(3)], rounds=1)
+
+
+@pytest.mark.parametrize("sample_every", [1, 1000])
+def test_a_training_under_way_leaves_the_first_weights_of_another_alone(sample_every, tmp_path, monkeypatch):
+    begun, enough, init, loss = threading.Event(), threading.Event(), TextTask.__init__, TextTask.loss
+
+    class Enough(Exception):
+        pass
+
+    def slow(task, config, device):
+        torch.rand(1)
+        time.sleep(0.2)
+        init(task, config, device)
+
+    def endless(task, batch, generator):
+        begun.set()
+        if enough.is_set() and threading.current_thread() is other:
+            raise Enough
+        return loss(task, batch, generator)
+
+    def weights(name, *options):
+        with suppress(Enough):
+            train(load_config(None, [*OPTIONS, f"out={tmp_path / name}", *options]))
+            return load_file(tmp_path / name / "checkpoint-00000001" / "weights.safetensors")
+
+    monkeypatch.setattr(TextTask, "__init__", slow)
+    alone = weights("alone", "steps=1", "seed=3")
+    monkeypatch.setattr(TextTask, "loss", endless)
+    long = ["steps=100000", "save_every=100000", f"sample_every={sample_every}"]
+    other = threading.Thread(target=weights, args=("other", *long))
+    other.start()
+    try:
+        assert begun.wait(60)
+        found = weights("beside it", "steps=1", "seed=3")
+    finally:
+        enough.set()
+        other.join()
+    assert all(torch.equal(alone[name], found[name]) for name in alone)
 
 
 @pytest.mark.usefixtures("fused_parts")

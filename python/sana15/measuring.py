@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .concurrency import using
+
 _guard = threading.Lock()
 #: Modules that are in eval mode only while somebody measures: by how many.
 _measured: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -49,11 +51,14 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """Random states (torch's on every device in use, NumPy's, Python's), the default dtype and the number of threads stay."""
+    """Random states (torch's on every device in use, NumPy's, Python's), the default dtype and the number of threads stay.
+
+    What draws in another thread meanwhile, such as a training's step, waits.
+    """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, the global one is what is kept
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    with torch.random.fork_rng(devices):
+    with using(torch.default_generator), torch.random.fork_rng(devices):
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, the global one is what is kept
+        dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
         try:
             yield
         finally:

@@ -170,7 +170,7 @@ class MiniTextEncoder(nn.Module):
     def load(folder: str | Path) -> MiniTextEncoder:
         root = Path(folder)
         try:
-            with torch.random.fork_rng(devices=[]):  # reading is no draw
+            with using(torch.default_generator), torch.random.fork_rng(devices=[]):  # reading is no draw
                 encoder = MiniTextEncoder(**read_json(root / "config.json"))
             encoder.load_state_dict({k: v.float() for k, v in read_tensors(root / "model.safetensors").items()})
         except (TypeError, RuntimeError) as error:

@@ -134,11 +134,12 @@ def train(config: TrainConfig) -> Path:
         step = batch.step
         set_learning_rates(optimizer, learning_rate(config, step), step)
         own_seed = config.seed * 1_000_003 + step
-        torch.manual_seed(own_seed)  # of a module that draws, such as dropout: a resumed run draws the same
         generator = torch.Generator().manual_seed(own_seed)
-        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = task.loss(batch, generator)
-        loss.backward()
+        with using(torch.default_generator):
+            torch.manual_seed(own_seed)  # of a module that draws, such as dropout: a resumed run draws the same
+            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = task.loss(batch, generator)
+            loss.backward()  # draws again where activations are computed again
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from ..concurrency import using
 from ..files import DataError, read_json, read_tensors, require_finite, write_durably, write_tensors
 from ..scenes.vocabulary import COLOR_NAMES, IMAGE_SIZE, SHAPES
 from .base import Verdict
@@ -162,7 +163,7 @@ class LearnedJudge:
             raise FileNotFoundError(f"{root} holds no learned judge; {how}")
         values = read_json(root / "config.json")
         try:
-            with torch.random.fork_rng(devices=[]):  # reading is no draw
+            with using(torch.default_generator), torch.random.fork_rng(devices=[]):  # reading is no draw
                 network = Detector(int(values["width"]), int(values["blocks"]))
             network.load_state_dict({k: v.float() for k, v in read_tensors(root / "model.safetensors").items()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
