@@ -51,6 +51,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_prose.py
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)

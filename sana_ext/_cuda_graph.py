@@ -26,7 +26,7 @@ WARM_UPS = 2  # runs before a capture, in which libraries choose their algorithm
 
 
 class CudaGraph:
-    """What fn() launches, captured; `outputs` are overwritten by every replay."""
+    """Captures what fn() launches; `outputs` are overwritten by every replay."""
 
     def __init__(self, fn: Callable[[], Any]) -> None:
         side, now = torch.cuda.Stream(), torch.cuda.current_stream()

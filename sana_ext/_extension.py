@@ -67,7 +67,7 @@ def _why_no_cuda() -> str | None:
 
 
 def _warning(library: Library) -> str:
-    """What the first op says that would have used this library."""
+    """Words what the first op says that would have used this library."""
     return (
         f"sana_ext: libsana_ext_{library.name}.so is missing ({library.reason}): ops on {library.name} run their PyTorch "
         "default, correct but slower; `python -m sana_ext` tells more"
@@ -98,14 +98,14 @@ def _load(device: str, why_not: Callable[[], str | None] | None = None) -> Libra
 
 
 def _why_not_built(device: str) -> str:
-    """What the build said, which installers hide; else what is against the copy that another folder has."""
+    """Returns what the build said, which installers hide; else what is against the copy that another folder has."""
     why = _sources.read_record(_home).get("why_no_cuda") if device == "cuda" else None
     against = _remark if _home == _package else ""
     return "; ".join(["not built", *filter(None, (why, against))])
 
 
 def _mismatch(device: str) -> str | None:
-    """What shows that the library just loaded was built from other sources. CUDA kernels may be fewer, emulated or not."""
+    """Says what shows that the library just loaded was built from other sources. CUDA kernels may be fewer, emulated or not."""
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.removeprefix("sana_ext::") for name in names if name.startswith("sana_ext::")}
     if unknown := sorted(registered - OPS.keys()):
@@ -150,12 +150,12 @@ def best_isa() -> str | None:
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether a compiled kernel of ``torch.ops.sana_ext.<op>`` is registered for ``cpu`` or ``cuda``."""
+    """Tells whether a compiled kernel of ``torch.ops.sana_ext.<op>`` is registered for ``cpu`` or ``cuda``."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"sana_ext::{op}", device.upper()))
 
 
 def build_info() -> dict[str, Any] | None:
-    """What the build recorded (compiler, torch, nvcc, architectures), or None where the module ``_C`` was not built."""
+    """Returns what the build recorded (compiler, torch, nvcc, architectures), or None where the module ``_C`` was not built."""
     # Only the file beside the libraries counts: an editable install's finder would offer another copy's.
     name = "sana_ext._C"
     if name not in sys.modules:

@@ -98,7 +98,7 @@ def glumbconv_reason(ff: Any, stock: Any, operand: Operand) -> str | None:
 
 
 def plan(block: Any, stock: Any, operand: Operand, parts: tuple[str, ...], channels: int) -> Plan:
-    """Which parts of the block run fused, on `channels` channels; `parts` are those that have compiled kernels."""
+    """Chooses the parts of the block that run fused, on `channels` channels; `parts` are those that have compiled kernels."""
     none = f"no compiled kernel answers on {operand.device.type}"
     return Plan(
         norm1=layer_norm_reason(child(block, "norm1"), channels),
@@ -110,7 +110,7 @@ def plan(block: Any, stock: Any, operand: Operand, parts: tuple[str, ...], chann
 
 
 def block_reason(block: Any, x: torch.Tensor, operand: Operand, parts: tuple[str, ...]) -> str | None:
-    """What keeps the whole block on diffusers' code, for the residual stream x."""
+    """Says what keeps the whole block on diffusers' code, for the residual stream x."""
     if transforming():
         return "torch.func transforms and forward-mode AD run on diffusers' code"
     if torch.jit.is_tracing():

@@ -1,4 +1,4 @@
-"""Which implementation answers each op on each device, by which path, and why."""
+"""Tells which implementation answers each op on each device, by which path, and why."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class KernelTable(tuple[KernelInfo, ...]):
 
 
 def kernel_info(op: str | None = None, **sizes: int) -> KernelTable:
-    """Which implementation answers, per op and device, by which path, and why.
+    """Tells which implementation answers, per op and device, by which path, and why.
 
     Args:
         op: a public op ("linear_attention") or an optimizer's ("came8bit_step"); default: all of them.

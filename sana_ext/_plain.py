@@ -26,7 +26,7 @@ _conv_forward = nn.Conv2d._conv_forward
 
 
 class Operand(NamedTuple):
-    """What a layer receives: device and dtype of its input, and autocast's dtype or None."""
+    """Describes what a layer receives: device and dtype of its input, and autocast's dtype or None."""
 
     device: torch.device
     dtype: torch.dtype

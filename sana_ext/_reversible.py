@@ -55,7 +55,7 @@ def class_without(module: Any) -> type | None:
 
 
 def _is_injected(module: Any) -> bool:
-    """Of the class that torch.nn.utils.parametrize makes for one module."""
+    """The name of the class that torch.nn.utils.parametrize makes for one module."""
     cls = type(module)
     return is_parametrized(module) and cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}"
 

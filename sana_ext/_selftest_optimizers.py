@@ -20,7 +20,7 @@ SHAPES = ((40, 520), (13, 301), (70, 5), (20, 1, 3, 3))
 
 
 def results(op: str, device: str, dtype: torch.dtype) -> tuple[Named, Named, Named]:
-    """What the op, the reference in fp32, and the reference in fp64 make of the same parameters and states."""
+    """Returns what the op, the reference in fp32, and the reference in fp64 make of the same parameters and states."""
     generator = torch.Generator().manual_seed(1)
 
     def rand(*shape: int) -> Tensor:

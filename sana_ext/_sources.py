@@ -1,4 +1,4 @@
-"""Which sources a compiled library was built from: the build records it, the import compares it. Needs no torch."""
+"""Tells which sources a compiled library was built from: the build records it, the import compares it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECORD = "libsana_ext.json"
 
 
 def fingerprint(root: Path) -> str | None:
-    """Of all that a library is built from in the source tree `root`; None where there is no source tree."""
+    """The digest of all that a library is built from in the source tree `root`; None where there is no source tree."""
     folder = root / "csrc"
     if not folder.is_dir():
         return None

@@ -137,7 +137,7 @@ def _caption_stamp(model: Any) -> Stamp | None:
 
 
 def serves(block: Any) -> bool:
-    """Whether the cache can serve the block as it stands."""
+    """Tells whether the cache can serve the block as it stands."""
     return _layers_stamp(block) is not None
 
 

@@ -164,7 +164,7 @@ class _BiasedRMSNorm(nn.RMSNorm):
 
 
 def is_plain(module: nn.Module | None, expected: type, *parameters: str) -> bool:
-    """Whether code that knows the class may do the module's work itself, or must call it as the module it is.
+    """Tells whether code that knows the class may do the module's work itself, or must call it as the module it is.
 
     Args:
         module: any.

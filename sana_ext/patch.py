@@ -30,7 +30,7 @@ COMPONENTS = ("transformer", "controlnet")
 
 @dataclass
 class Report:
-    """What `patch` did: `replaced`, the names of the blocks on the fused path; `kept`, the transformers whose
+    """Names what `patch` did: `replaced`, the names of the blocks on the fused path; `kept`, the transformers whose
     text or whole step is kept from one denoising step to the next; and `skipped`, name -> reason.
 
     A name in `skipped` is a block that keeps diffusers' code, or a part of a replaced block (its attention, its FFN,
@@ -217,13 +217,13 @@ def _operand(block: Any) -> tuple[Operand, tuple[str, ...]]:
 
 
 def _channels(block: Any) -> int:
-    """Of the residual stream, as far as the norms tell; a call knows."""
+    """The channels of the residual stream, as far as the norms tell; a call knows."""
     shapes = [getattr(getattr(block, name), "normalized_shape", None) for name in ("norm1", "norm2")]
     return next((shape[-1] for shape in shapes if shape), 0)
 
 
 def _note_parts(name: str, block: Any, names: Any, report: Report) -> None:
-    """Which parts and layers of a replaced block keep diffusers' code as things stand."""
+    """Notes the parts and layers of a replaced block that keep diffusers' code as things stand."""
     operand, parts = _operand(block)
     plan = guards.plan(block, names, operand, parts, _channels(block))
     for part, reason in zip(plan._fields, plan):
@@ -245,7 +245,7 @@ def _fused_class(cls: Any, stock: Any) -> type:
 
 @functools.cache
 def _disagreement(stock: Any) -> str | None:
-    """Whether this diffusers' block computes what the fused code computes: both run once on a block of 8 channels.
+    """Compares this diffusers' block with the fused code: both run once on a block of 8 channels.
 
     A later diffusers may change its block; then the stock code stays in charge, instead of an old formula.
     """

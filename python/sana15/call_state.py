@@ -1,4 +1,4 @@
-"""What a call of a diffusers pipeline puts on models that other calls use too, and takes away only at its end.
+"""Keeps apart what a call of a diffusers pipeline puts on models that other calls use too, and takes away only at its end.
 
 SANA-PAG sets attention processors; others register hooks or replace a forward. A call that waits takes them with it.
 """

@@ -247,7 +247,7 @@ def _is(descriptor: int, path: Path) -> bool:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """Of a folder and its parents the ones that are missing, the innermost first."""
+    """Lists of a folder and its parents the ones that are missing, the innermost first."""
     return [at for at in (folder, *folder.parents) if not at.exists()]
 
 

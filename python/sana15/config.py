@@ -101,7 +101,7 @@ class SanaConfig:
             raise DataError(f"{path} is not a SANA model config: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What diffusers' SanaTransformer2DModel.from_config takes."""
+        """Returns what diffusers' SanaTransformer2DModel.from_config takes."""
         return dataclasses.asdict(self) | {"cross_attention_dim": self.width, "_class_name": "SanaTransformer2DModel"}
 
 

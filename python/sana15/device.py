@@ -32,7 +32,7 @@ def gpu_is_there() -> bool:
 
 
 def trouble(error: RuntimeError) -> str | None:
-    """What to tell a user of a GPU that is too small, too old or lost; None for every other error."""
+    """Returns what to tell a user of a GPU that is too small, too old or lost; None for every other error."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
@@ -43,7 +43,7 @@ def trouble(error: RuntimeError) -> str | None:
 
 
 def of_pipeline(pipe: object) -> str:
-    """Where a pipeline's judges belong: beside it on a GPU, else on the CPU, also for one whose parts are offloaded.
+    """Returns the device where a pipeline's judges belong: beside it on a GPU, else on the CPU, also for one whose parts are offloaded.
 
     A generator (sana15.generator) is where the pipeline in it is.
     """

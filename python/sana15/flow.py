@@ -102,7 +102,7 @@ def schedule(steps: int, *, sampler: str = "flow_dpm", flow_shift: float = 3.0) 
 
 @dataclass(frozen=True)
 class SamplerState:
-    """Where a sampling run stands; everything that a pause must keep."""
+    """The state of a sampling run: everything that a pause must keep."""
 
     latents: torch.Tensor  # [B, ...], fp32, at level sigmas[step]
     step: int = 0
@@ -148,7 +148,7 @@ def guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: flo
 
 
 def guidance_is_on(sigma: float, guidance: float, interval: tuple[float, float] = (0.0, 1.0)) -> bool:
-    """Whether the unconditional branch is needed at noise level sigma: a scale other than 1, and a level inside the interval.
+    """Tells whether the unconditional branch is needed at noise level sigma: a scale other than 1, and a level inside the interval.
 
     Source: arXiv:2404.07724; the released SANA pipelines take the same interval.
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Generator(Protocol):
-    """What search asks of whoever makes the pictures.
+    """The protocol that search asks of whoever makes the images.
 
     A state holds everything that a picture follows from, the sampler's history included: pausing changes nothing. advance and
     keep may use up the state that they are given; go on with the one that they return. A step is a denoising step.
@@ -40,11 +40,11 @@ class Generator(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What the pictures follow from beside prompt and seed; a resumed run must have the same. JSON."""
+        """Returns what the images follow from beside prompt and seed; a resumed run must have the same. JSON."""
         ...
 
     def describe(self, item: Item) -> dict[str, Any]:
-        """What the PNG file of a picture says: the keys of pictures.describe; seed and size may be left out."""
+        """Returns what the PNG file of an image says: the keys of pictures.describe; seed and size may be left out."""
         ...
 
     def evaluations(self, first: int, last: int) -> int:
@@ -60,7 +60,7 @@ class Generator(Protocol):
         ...
 
     def preview(self, state: Any) -> list[Image.Image]:
-        """What the model expects the finished pictures to be: its last data prediction, decoded. Costs no evaluation."""
+        """Decodes what the model expects the finished images to be: its last data prediction. Costs no evaluation."""
         ...
 
     def keep(self, state: Any, indices: Sequence[int]) -> Any:

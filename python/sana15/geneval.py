@@ -207,7 +207,7 @@ def read_results(path: Path) -> list[Judged]:
 
 
 def _shared(before: dict[str, Any] | None, values: dict[str, Any]) -> dict[str, Any]:
-    """What two descriptions have in common, less what differs from picture to picture by nature."""
+    """Returns what two descriptions have in common, less what differs from picture to picture by nature."""
     own = ("prompt", "prompt_index", "candidate")
     if before is None:
         return {k: v for k, v in values.items() if k not in own}

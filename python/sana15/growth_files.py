@@ -34,7 +34,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Growth:
-    """What grow_folder did."""
+    """The result of grow_folder."""
 
     config: SanaConfig
     depth: int  # blocks of the source
@@ -46,7 +46,7 @@ class Growth:
 
     @property
     def exact(self) -> bool:
-        """Whether the grown model must begin as the function of the kept blocks."""
+        """Tells whether the grown model must begin as the function of the kept blocks."""
         return [b for b in self.blocks if b is not None] == [*range(self.keep)] and not self.added_norms
 
 

@@ -45,7 +45,7 @@ class GuidedVelocity:
         return flow.guided(conditional, unconditional, self.guidance)
 
     def keep(self, indices: torch.Tensor) -> GuidedVelocity:
-        """Of the chosen pictures only; what is computed stays computed."""
+        """Keeps the chosen images only; what is computed stays computed."""
         rows = indices
         if self.guidance != 1.0:
             rows = torch.cat([indices, indices + len(self.text) // 2])

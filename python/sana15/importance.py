@@ -1,4 +1,4 @@
-"""How much each block of a model does: the paper's block importance, and what the loss gains when the block is skipped.
+"""Measures how much each block of a model does: the paper's block importance, and what the loss gains when the block is skipped.
 
 Source: arXiv:2501.18427, section 2.3. The paper does not say over what the cosine runs; here it is each token's.
 """
@@ -30,7 +30,7 @@ BINS = 10  # of equal width, over timesteps 0 to 1000
 
 @dataclass(frozen=True)
 class Importance:
-    """What block_importance measured on a model of L blocks; NaN where a bin has no samples."""
+    """The measurements of block_importance on a model of L blocks; NaN where a bin has no samples."""
 
     cosine: list[float]  # [L], 1 - cosine(input, output), mean over tokens, pictures and steps
     cosine_by_bin: list[list[float]]  # [L][bins]

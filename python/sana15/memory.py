@@ -1,4 +1,4 @@
-"""What training a model takes, in bytes, before anything is allocated."""
+"""Counts what training a model takes, in bytes, before anything is allocated."""
 
 from __future__ import annotations
 

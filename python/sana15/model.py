@@ -133,16 +133,16 @@ class Text(NamedTuple):
     bias: torch.Tensor | None  # [B, 1, T]
 
     def last(self, B: int) -> Text:
-        """Of the last B of its images."""
+        """Returns the text of the last B of its images."""
         return Text([(k[-B:], v[-B:]) for k, v in self.pairs], None if self.bias is None else self.bias[-B:])
 
     def select(self, rows: torch.Tensor) -> Text:
-        """Of the chosen images."""
+        """Returns the text of the chosen images."""
         return Text([(k[rows], v[rows]) for k, v in self.pairs], None if self.bias is None else self.bias[rows])
 
 
 def _projects(block: Any) -> bool:
-    """Whether keys and values may stand for the text in this block."""
+    """Tells whether keys and values may stand for the text in this block."""
     plain = sana_ext.nn.is_plain
     if not plain(block, Block) or not plain(attn := block.attn2, CrossAttention):
         return False
@@ -179,7 +179,7 @@ class SanaTransformer(nn.Module):
         self.proj_out = Linear(C, config.patch_size**2 * config.out_channels)
 
     def project(self, text: torch.Tensor, text_mask: torch.Tensor | None = None) -> Text:
-        """What forward takes in place of text and mask, to be computed once for many steps. It keeps the weights' values.
+        """Computes what forward takes in place of text and mask, to be computed once for many steps. It keeps the weights' values.
 
         Raises:
             ValueError: shapes that do not fit, or a model that cannot (`projects`).
@@ -197,7 +197,7 @@ class SanaTransformer(nn.Module):
 
     @property
     def projects(self) -> bool:
-        """Whether `project` may stand for the text: no block, cross-attention or layer on the text's way is replaced or has
+        """Tells whether `project` may stand for the text: no block, cross-attention or layer on the text's way is replaced or has
         hooks, which might want to see the text itself, or to be called at every step."""
         plain, caption = sana_ext.nn.is_plain, self.caption_projection
         return (

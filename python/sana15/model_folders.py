@@ -52,7 +52,7 @@ class ModelFolder:
         return weights
 
     def settings(self) -> dict[str, Any]:
-        """Of its sana15.json; empty where there is none."""
+        """The settings of its sana15.json; empty where there is none."""
         return read_json(self.root / SETTINGS) if (self.root / SETTINGS).exists() else {}
 
     def check_target(self, target: Path) -> None:

@@ -68,7 +68,7 @@ def save_png(picture: Image.Image, path: Path, values: dict[str, Any]) -> None:
 
 
 def encode_png(picture: Image.Image, values: dict[str, Any]) -> bytes:
-    """What save_png writes."""
+    """Returns the bytes that save_png writes."""
     data = io.BytesIO()
     picture.save(data, format="PNG", pnginfo=_chunks(values))
     return data.getvalue()

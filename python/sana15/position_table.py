@@ -81,7 +81,7 @@ def _scale(columns: torch.Tensor, base: int) -> float:
 
 
 def _explains(rows: torch.Tensor, base: int, scale: float, rounding: float) -> bool:
-    """Whether [side, side, C] is this table but for its rounding, and for that of positions computed in fp32."""
+    """Tells whether [side, side, C] is this table but for its rounding, and for that of positions computed in fp32."""
     side, _, C = rows.shape
     cpu = torch.device("cpu")
     axis = position_embedding(1, side, C, base, scale, cpu)[:, : C // 2]  # of columns; rows have the same

@@ -96,7 +96,7 @@ def choose(
     seed: int = 0,
     **options: Any,
 ) -> Choice:
-    """Which blocks stay; see prune for the arguments. `model` is not needed where `importance` or `indices` say it all."""
+    """Chooses the blocks that stay; see prune for the arguments. `model` is not needed where `importance` or `indices` say it all."""
     by = strategy(by, indices is not None, importance is not None)
     if options and by not in ("search", "learned"):
         raise ValueError(f"by={by!r} takes no {', '.join(options)}")

@@ -180,7 +180,7 @@ STRATEGY_OPTIONS = {
 
 
 def strategy_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Of the chosen strategy; ValueError for another's."""
+    """Returns the options of the chosen strategy; ValueError for another's."""
     options = {name: value for name in STRATEGY_OPTIONS if (value := getattr(args, name)) is not None}
     for name in options:
         if args.by != STRATEGY_OPTIONS[name]:

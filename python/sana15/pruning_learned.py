@@ -1,4 +1,4 @@
-"""Which blocks stay, learned: N of M in each group of neighbours, drawn from learned odds while low-rank changes of the
+"""Learns which blocks stay: N of M in each group of neighbours, drawn from learned odds while low-rank changes of the
 weights make up for what is missing. After TinyFusion (arXiv:2412.01199).
 
 Each group has a categorical distribution over its ways of keeping N of M blocks. At every step one way per group is drawn

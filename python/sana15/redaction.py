@@ -1,4 +1,4 @@
-"""What is secret, and how it is hidden: the one place that every text of a library or a server passes before it is shown.
+"""Knows what is secret, and hides it: the one place that every text of a library or a server passes before it is shown.
 
 Secret are API keys and tokens, passwords in URLs (of a judge, of a proxy), secret query parameters and authorization headers.
 Messages, logs, run files and tracebacks hold HIDDEN in their place.
@@ -108,7 +108,7 @@ def redacted_values(value: Any, name: str = "") -> Any:
 
 
 def said(error: BaseException, limit: int | None = None) -> str:
-    """What an exception of a library says, on one line, without secrets, its type where it says nothing."""
+    """Returns what an exception of a library says, on one line, without secrets, its type where it says nothing."""
     text = " ".join(redacted(error).split()) or type(error).__name__
     return text if limit is None else text[:limit]
 
@@ -176,7 +176,7 @@ def _secrets() -> Iterator[str]:
 
 
 def _encoded(secret: str) -> Iterator[str]:
-    """How libraries and servers write it in messages."""
+    """The forms in which libraries and servers write it in messages."""
     raw = os.fsencode(secret)  # a value that is no UTF-8 has surrogates
     yield urllib.parse.quote(raw, safe="")
     yield urllib.parse.quote(raw)
@@ -201,7 +201,7 @@ def _of_environment() -> Iterator[str]:
 
 
 def _is_file(value: str) -> bool:
-    """Whether it names a file or folder; a key in base64 may begin with a slash, too."""
+    """Tells whether it names a file or folder; a key in base64 may begin with a slash, too."""
     return value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value))
 
 
@@ -211,7 +211,7 @@ def _hugging_face() -> Path:
 
 
 def _of_url(url: str) -> Iterator[str]:
-    """Of user:password@ before the host, with or without a scheme, all of it and the password, or the user who has none; and
+    """Splits user:password@ off before the host, with or without a scheme, all of it and the password, or the user who has none; and
     the values of secret query parameters."""
     rest = url.partition("://")[2] or url
     secrets = [found["value"] for found in _PARAMETER.finditer(rest) if _clean_parameter(found) != found[0]]
@@ -242,7 +242,7 @@ def _clean_parameter(found: re.Match[str]) -> str:
 
 
 def _clean_scheme(found: re.Match[str]) -> str:
-    """Of "Bearer KEY", KEY; not of a sentence about basic auth, a bearer of something or a token."""
+    """Returns KEY of "Bearer KEY"; not of a sentence about basic auth, a bearer of something or a token."""
     scheme, value = found["scheme"].lower(), found["value"]
     if scheme == "bearer":
         word = r"[a-z]{3,15}" if found["scheme"] == "bearer" else r"(?:tokens?|auth\w*|scheme|credentials?|realm=.*)"
@@ -255,7 +255,7 @@ def _clean_scheme(found: re.Match[str]) -> str:
 
 
 def _is_basic(value: str) -> bool:
-    """Whether it is user:password in base64."""
+    """Tells whether it is user:password in base64."""
     try:
         return b":" in base64.b64decode(re.sub(r"[^A-Za-z0-9+/]", "", value) + "==")
     except ValueError:

@@ -76,7 +76,7 @@ TEXT_TOKENS = 300
 
 
 def source_of(name: str) -> tuple[str, int, int]:
-    """Where one of our parameters stands in the release: tensor, part, number of parts."""
+    """Locates one of our parameters in the release: tensor, part, number of parts."""
     if name == "scale_shift_table":
         return "final_layer.scale_shift_table", 0, 1
     if name.startswith("transformer_blocks."):
@@ -256,13 +256,13 @@ def _stacked(parts: list[Weight]) -> Weight:
 
 
 def _kept(stored: Weights, dtype: torch.dtype | None) -> dict[str, Weight]:
-    """What a release file holds beside the model and goes on to another release file: all but the table, which is made."""
+    """Reads what a release file holds beside the model and goes on to another release file: all but the table, which is made."""
     kept = {name: stored[name] for name in LEFT_OUT if name in stored and name != POSITIONS}
     return {name: Weight(w.shape, dtype or w.dtype, w.load) for name, w in kept.items()}
 
 
 def needed_changes(weights: Weights, config: SanaConfig) -> dict[str, Any]:
-    """What `convert` must be told to read `config` back from these tensors in the release's layout."""
+    """Lists what `convert` must be told to read `config` back from these tensors in the release's layout."""
     heads = config.num_cross_attention_heads
     published = {size.width: size.num_cross_attention_heads for size in SIZES.values()}
     changes: dict[str, Any] = {} if published.get(config.width) == heads else {"num_cross_attention_heads": heads}

@@ -102,7 +102,7 @@ def checked(pipe: Pipeline, line: dict[str, Any], index: int, source: str | None
 
 
 def is_there(path: Path, expected: dict[str, Any]) -> bool:
-    """Whether this very picture is on disk already; a damaged file counts as missing and is made again.
+    """Tells whether this very image is on disk already; a damaged file counts as missing and is made again.
 
     Raises:
         ValueError: a picture that was made with other settings.

@@ -1,4 +1,4 @@
-"""What fixes a picture: its seed, and how it is sampled."""
+"""The seed and the settings that fix an image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Seed(NamedTuple):
-    """What a picture's noise follows from, and nothing else: the run's seed, the prompt's index in it, the candidate."""
+    """All that an image's noise follows from: the run's seed, the prompt's index in it, the candidate."""
 
     run: int
     prompt: int
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made; see Pipeline.__call__ for the meanings."""
+    """The settings of sampling; see Pipeline.__call__ for the meanings."""
 
     seed: int = 0
     steps: int = 20

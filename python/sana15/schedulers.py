@@ -1,4 +1,4 @@
-"""How a pipeline folder's own scheduler samples: the shift is taken over, whatever else would change pictures is refused.
+"""Reads how a pipeline folder's own scheduler samples: the shift is taken over, whatever else would change pictures is refused.
 
 A folder in diffusers' layout names its scheduler's class in model_index.json and that class's settings in
 scheduler/scheduler_config.json. For the two classes that SANA's folders have, every setting is here: sana15's samplers
@@ -93,7 +93,7 @@ CLASSES = {
 
 
 def folder_sampler(root: Path) -> FolderSampler:
-    """How the scheduler of a pipeline folder samples; SANA's Flow-DPM-Solver++ with shift 3 where the folder has none.
+    """Returns how the scheduler of a pipeline folder samples; SANA's Flow-DPM-Solver++ with shift 3 where the folder has none.
 
     Raises:
         FileNotFoundError: the folder's index names a scheduler that is not there. DataError: a class, or a setting that
@@ -129,7 +129,7 @@ def _named(root: Path) -> str | None:
 
 
 def _is_news(name: str, key: str, value: Any) -> bool:
-    """Whether this setting is newer than this file and has another value than its default: what it does is not known here.
+    """Tells whether this setting is newer than this file and has another value than its default: what it does is not known here.
 
     What the installed diffusers does not know either, it leaves aside, such as settings left over from another class.
     """

@@ -1,4 +1,4 @@
-"""What the mini text encoder learns before the transformer sees it: to say at every noun what the prompt says of it.
+"""The task that the mini text encoder learns before the transformer sees it: to say at every noun what the prompt says of it.
 
 SANA's text encoder comes with a knowledge of language and stays as it is. Ours gets the little that scenes need from the
 grammar alone: at the word for a shape, its features tell how many there are, in which colour, and on which side of the

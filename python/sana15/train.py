@@ -39,7 +39,7 @@ from .train_config import TrainConfig, load_config
 
 
 class Task(Protocol):
-    """What is trained: a module, its loss on a batch, and what to write down now and then."""
+    """The protocol of what is trained: a module, its loss on a batch, and what to write down now and then."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -176,12 +176,12 @@ def train(config: TrainConfig) -> Path:
 
 
 def save_is_due(config: TrainConfig, done: int) -> bool:
-    """Whether a checkpoint is written when so many steps are done."""
+    """Tells whether a checkpoint is written when so many steps are done."""
     return done % config.save_every == 0 or done == config.steps
 
 
 def sample_is_due(config: TrainConfig, done: int) -> bool:
-    """Whether a sample is taken when so many steps are done."""
+    """Tells whether a sample is taken when so many steps are done."""
     return done % config.sample_every == 0 or done == config.steps
 
 
@@ -241,7 +241,7 @@ def _require_same_run(config: TrainConfig, out: Path) -> None:
 
 
 def _holds_a_run(out: Path) -> bool:
-    """Whether a run has left more here than its configuration; one that failed at its first step has not."""
+    """Tells whether a run has left more here than its configuration; one that failed at its first step has not."""
     metrics = out / METRICS
     return bool(checkpoints(out)) or (out / "export").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
@@ -293,7 +293,7 @@ class MetricsLog:
                 self.board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """What is written is on the disk: a checkpoint is not to outlive the metrics of its steps."""
+        """Puts what is written on the disk: a checkpoint is not to outlive the metrics of its steps."""
         if self.path.exists():
             sync_folder(self.path)
             sync_folder(self.path.parent)

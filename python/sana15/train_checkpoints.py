@@ -156,7 +156,7 @@ def _require_fit(folder: Path, stored: dict[str, Tensors], module: nn.Module | N
 
 
 def remove_old(out: Path, step: int, keep: int) -> None:
-    """Of the checkpoints up to a step, removes what is older than the newest `keep` whole ones; nothing where there are fewer.
+    """Removes of the checkpoints up to a step what is older than the newest `keep` whole ones; nothing where there are fewer.
 
     Each loses its name first: a killed run leaves no half of one.
     """
@@ -169,7 +169,7 @@ def remove_old(out: Path, step: int, keep: int) -> None:
 
 
 def _looks_whole(folder: Path) -> bool:
-    """Whether every file is there, with as many bytes as its header says."""
+    """Tells whether every file is there, with as many bytes as its header says."""
     try:
         for file in FILES:
             with open_tensors(folder / f"{file}.safetensors"):

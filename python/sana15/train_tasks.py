@@ -1,4 +1,4 @@
-"""What the training loop trains: the autoencoder, and the transformer together with its text encoder."""
+"""The tasks of the training loop: the autoencoder, and the transformer together with its text encoder."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _sampled(
     at: Sequence[int],
     shape: tuple[int, int, int],
 ) -> tuple[flow.SamplerState, list[tuple[Any, ...]], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of one chunk: the end, (step, sigma, latents, velocity, timestep) on the way, fresh noise, text features and mask."""
+    """Yields of one chunk: the end, (step, sigma, latents, velocity, timestep) on the way, fresh noise, text features and mask."""
     model, device = pipe.transformer, pipe.device
     dtype = model.proj_out.weight.dtype
     guidance, interval = pipe.guidance_of(settings)

@@ -1,4 +1,4 @@
-"""Which 16-bit arithmetic torch may do itself on this machine's CPU, and which runs in fp32 instead.
+"""Decides which 16-bit arithmetic torch may do itself on this machine's CPU, and which runs in fp32 instead.
 
 A processor without bf16 (fp16) instructions multiplies such matrices several times slower than fp32 ones. The
 compiled library looks at the processor; without it the answer is always "torch's own". SANA_EXT_CPU_ISA=avx2 forces
@@ -42,5 +42,5 @@ def operand_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def upcast(x: torch.Tensor) -> bool:
-    """Whether products with x run in fp32 arithmetic by kernels of this package."""
+    """Tells whether products with x run in fp32 arithmetic by kernels of this package."""
     return x.device.type == "cpu" and operand_dtype(x) in UPCAST

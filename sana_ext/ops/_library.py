@@ -1,4 +1,4 @@
-"""How an op of this package is registered: schema, default kernel, fake kernel, autograd.
+"""Registers the ops of this package: schema, default kernel, fake kernel, autograd.
 
 The default kernel is the reference in plain PyTorch and answers wherever no compiled kernel is registered, so every op
 exists on every machine. Compiled kernels (csrc/cpu, csrc/cuda) register themselves for their device when their library

@@ -22,7 +22,7 @@ NEGLIGIBLE_EPS = 1e-12
 
 
 def _statistics(q: Tensor, weight_q: Tensor | None, weight_k: Tensor | None, eps: float) -> tuple[bool, bool]:
-    """Whether rstd_q and rstd_k exist. fp64 is there for exact derivatives, so it keeps even a negligible eps."""
+    """Tells whether rstd_q and rstd_k exist. fp64 is there for exact derivatives, so it keeps even a negligible eps."""
     wants_q = weight_q is not None and (eps > NEGLIGIBLE_EPS or q.dtype == torch.float64)
     return wants_q, weight_k is not None
 

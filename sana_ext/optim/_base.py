@@ -1,4 +1,4 @@
-"""What the 8-bit optimizers share: gradients in, state tensors lazily made, skipped steps, bit-exact state dicts."""
+"""The base of the 8-bit optimizers: gradients in, state tensors lazily made, skipped steps, bit-exact state dicts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     # For subclasses
 
     def _quantises(self, shape: tuple[int, ...], group: dict[str, Any]) -> bool:
-        """Whether a parameter of this shape is large enough for 8-bit state."""
+        """Tells whether a parameter of this shape is large enough for 8-bit state."""
         raise NotImplementedError
 
     def _spec(self, shape: tuple[int, ...], group: dict[str, Any], quantised: bool) -> Spec:
@@ -101,7 +101,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped because of NaN or Inf in a gradient; with fuse_backward, per parameter."""
+        """The number of steps that were skipped because of NaN or Inf in a gradient; with fuse_backward, per parameter."""
         return 0 if self._skipped is None else int(self._skipped.item())
 
     @torch.no_grad()
@@ -356,7 +356,7 @@ def _difference(expected: Spec, found: dict[str, Any]) -> str | None:
 
 
 def _holds_codes(value: Tensor) -> bool:
-    """Whether fp32 values are codes: torch.distributed.checkpoint copies uint8 into fp32 tensors without a word."""
+    """Tells whether fp32 values are codes: torch.distributed.checkpoint copies uint8 into fp32 tensors without a word."""
     if value.numel() < 64 or value.max() <= 1:
         return False
     return bool(((value >= 0) & (value <= 255) & (value == value.round())).all())

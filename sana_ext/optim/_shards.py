@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether t is a DTensor; asks without importing torch.distributed.tensor, which takes its time."""
+    """Tells whether t is a DTensor; asks without importing torch.distributed.tensor, which takes its time."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
@@ -50,13 +50,13 @@ def gradient(p: Any, grad: Any) -> Tensor:
 
 
 def rows(n: int, parts: int) -> list[int]:
-    """How torch cuts n rows into parts."""
+    """Returns the sizes into which torch cuts n rows."""
     size = -(-n // parts)
     return [max(0, min(size, n - r * size)) for r in range(parts)]
 
 
 def aligned(p: Any, spec: Callable[[tuple[int, ...]], Any]) -> bool:
-    """Whether every state tensor of the shards, by `spec`, is what torch cuts out of that of the whole parameter."""
+    """Tells whether every state tensor of the shards, by `spec`, is what torch cuts out of that of the whole parameter."""
     axis = mesh_axis(p)
     if axis is None:
         return True

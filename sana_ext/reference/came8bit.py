@@ -64,17 +64,17 @@ class Geometry:
 
     @property
     def units(self) -> int:
-        """Of one matrix."""
+        """The number of units of one matrix."""
         return -(-self.rows // self.unit_rows)
 
     @property
     def length(self) -> int:
-        """Of a block that is not the last one of its row or matrix."""
+        """The length of a block that is not the last one of its row or matrix."""
         return self.unit_rows * self.cols if self.unit_rows > 1 else -(-self.cols // max(1, self.cols // self.block))
 
     @property
     def blocks(self) -> int:
-        """Of one unit."""
+        """The number of blocks of one unit."""
         return -(-self.cols // self.length) if self.unit_rows == 1 and self.cols else 1
 
     @property

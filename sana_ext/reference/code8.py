@@ -63,7 +63,7 @@ def dynamic_magnitudes(signed: bool) -> torch.Tensor:
 
 @cache
 def dynamic_table(signed: bool) -> torch.Tensor:
-    """What each byte means, [256] fp32 in rising order; bitsandbytes calls it qmap."""
+    """Returns the meaning of each byte, [256] fp32 in rising order; bitsandbytes calls it qmap."""
     magnitudes = dynamic_magnitudes(signed)
     return torch.cat([-magnitudes[1:-1].flip(0), magnitudes]) if signed else magnitudes
 

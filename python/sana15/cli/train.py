@@ -28,5 +28,5 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _is_override(text: str) -> bool:
-    """Whether a command's file argument is none but key=value: no such file, and a key that could be one."""
+    """Tells whether a command's file argument is none but key=value: no such file, and a key that could be one."""
     return re.match(r"[A-Za-z_][\w.]*=", text) is not None and not Path(text).exists()

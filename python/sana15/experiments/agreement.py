@@ -1,4 +1,4 @@
-"""How well the exact checker agrees with the renderer.
+"""Measures how well the exact checker agrees with the renderer.
 
 Half of the pairs show what their prompt asks for; the other half is wrong in exactly one attribute, count or relation.
 `measure(..., transform=f)` puts any function image batch -> image batch in between, for example an autoencoder.

@@ -32,7 +32,7 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where a cell works: a folder that all cells of the experiment share, and the device to compute on."""
+    """The place where a cell works: a folder that all cells of the experiment share, and the device to compute on."""
 
     folder: Path
     device: str
@@ -63,7 +63,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked, with which sizes, in which cells, and what came out.
+    """A question, the sizes and cells that answer it, and the report on them.
 
     Attributes:
         budgets: budget -> options, a dataclass of this experiment.
@@ -121,7 +121,7 @@ def _needed(cells: Mapping[str, Cell], names: Sequence[str]) -> list[str]:
 
 
 def _compute(experiment: Experiment, cell: Cell, folder: Path, device: str, progress: Callable[[str], None]) -> bool:
-    """Whether the cell was computed here; False where another process computes it, or has just done so."""
+    """Computes the cell; False where another process computes it, or has just done so."""
     path = _path(folder, cell.name)
     with _locked(folder / "locks" / cell.name) as mine:
         if not mine or path.exists():
@@ -237,7 +237,7 @@ def _path(folder: Path, name: str) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Whether the lock could be had; it ends with the block, or with the process."""
+    """Takes a lock; yields whether it could be had. It ends with the block, or with the process."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

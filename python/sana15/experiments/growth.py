@@ -1,4 +1,4 @@
-"""How a grown mini model trains on: every strategy's loss at the start and after some steps, beside two controls.
+"""Measures how a grown mini model trains on: every strategy's loss at the start and after some steps, beside two controls.
 
 12 blocks to 18; `source` trains on with its 12, `scratch` starts with 18 blocks of random weights (autoencoder and text
 encoder are the mini model's everywhere). All arms of a seed see the same images, prompts, noise and noise levels. The

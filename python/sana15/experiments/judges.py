@@ -1,4 +1,4 @@
-"""How well the learned judge tells right images of the mini model from wrong ones: its AUC, the exact checker as truth.
+"""Measures how well the learned judge tells right images of the mini model from wrong ones: its AUC, the exact checker as truth.
 
 Intervals are by bootstrap over prompts, whose images are alike.
 """

@@ -1,4 +1,4 @@
-"""What depth pruning costs the mini model, and how much of it a short healing brings back.
+"""Measures what depth pruning costs the mini model, and how much of it a short healing brings back.
 
 12 blocks to 8, 6 and 4 by each strategy; per seed (of calibration, choice and healing) the exact checker's score before
 pruning, after it and after healing, on the same prompts and noise.
@@ -66,7 +66,7 @@ def prompts(options: Options) -> list[dict[str, Any]]:
 
 
 def scores(folder: Path, options: Options, device: str) -> list[float]:
-    """Of every prompt, the part of its images that the exact checker accepts."""
+    """Returns for every prompt the part of its images that the exact checker accepts."""
     entries = prompts(options)
     made = Pipeline.from_pretrained(folder, device=device)(
         [e["prompt"] for e in entries], n=options.n, seed=777, steps=options.steps, batch_size=64

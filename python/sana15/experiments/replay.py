@@ -1,4 +1,4 @@
-"""What stopping and halving would have picked, replayed on recorded scores of many candidates; tables of it.
+"""Replays on recorded scores of many candidates what stopping and halving would have picked.
 
 Noise depends on seed, prompt and candidate only, so disjoint sets of the candidates stand for searches of their own.
 """
@@ -19,7 +19,7 @@ TOLERANCES = (0.01, 0.005, 0.0)  # what stopping may cost on the prompts that it
 
 
 def preview_steps(steps: int) -> list[int]:
-    """Where halving looks."""
+    """Returns the steps at which halving looks."""
     return sorted({max(steps // 4, 1), max(steps // 2, 1)} - {steps})
 
 
@@ -140,7 +140,7 @@ def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def correlation_table(recorded: Recorded) -> str:
-    """How well a preview's score tells the finished picture's: over all pictures, and among a prompt's own."""
+    """Tabulates how well a preview's score tells the finished image's: over all pictures, and among a prompt's own."""
     final = recorded.finished[0]
     lines = [
         "| preview after | Pearson, all pictures | Spearman within a prompt, mean | prompts |",

@@ -1,4 +1,4 @@
-"""What search gains on the mini model: one image picked of N by the learned judge, scored by the exact checker.
+"""Measures what search gains on the mini model: one image picked of N by the learned judge, scored by the exact checker.
 
 Some prompts of the test set get many candidates, once; previews after a quarter and half of the steps are judged on the
 way. The curve, `stop` and `halving` are then replayed on disjoint sets of these candidates, and a part of the prompts is

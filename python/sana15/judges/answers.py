@@ -174,7 +174,7 @@ def _answered(places: list[Place], content: str, thought: str) -> Place:
 
 
 def _behind(said: str, content: str, thought: str) -> int:
-    """Where `content` begins in what the tokens say, of a server that tells its model's thought apart."""
+    """Finds where `content` begins in what the tokens say, of a server that tells its model's thought apart."""
     tokens, answer, reasons = ("".join(text.split()) for text in (said, content, thought))
     if answer and tokens != answer and tokens.endswith(reasons[-20:] + answer):
         letters = [i for i, letter in enumerate(said) if not letter.isspace()]
@@ -185,7 +185,7 @@ def _behind(said: str, content: str, thought: str) -> int:
 
 
 def _answers(place: Place) -> bool:
-    """Whether the likeliest alternative is yes or no: then a sampled token without a text is that."""
+    """Tells whether the likeliest alternative is yes or no: then a sampled token without a text is that."""
     likeliest = max(place.listed, key=lambda t: t.p, default=None)
     return likeliest is not None and likeliest.p > 0 and word_of(likeliest.text) in (YES, NO)
 
@@ -244,7 +244,7 @@ def _count_of_thoughts(answer: Any) -> Any:
 
 
 def _instead(answer: Any, content: str) -> str:
-    """What the server says where it has no log-probabilities: an error, or an answer without them."""
+    """Returns what the server says where it has no log-probabilities: an error, or an answer without them."""
     error = answer.get("error") if isinstance(answer, Mapping) else None
     error = error.get("message") if isinstance(error, Mapping) else error
     if isinstance(error, str) and error:
@@ -310,7 +310,7 @@ def _text(item: Mapping[str, Any]) -> Any:
 
 
 def _log(item: Mapping[str, Any]) -> Any:
-    """Of a token's object; not-a-number where it has none."""
+    """The number of a token's object; not-a-number where it has none."""
     for name in ("logprob", "log_prob"):
         if name in item:
             return item[name]

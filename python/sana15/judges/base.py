@@ -1,4 +1,4 @@
-"""What a judge is, and the patience that a failing one needs."""
+"""The protocol of a judge, and the patience that a failing one needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..redaction import redacted_values, said
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one picture: score, the higher the better (comparable within a prompt); what the judge thinks; and why."""
+    """The verdict on one image: score, the higher the better (comparable within a prompt); what the judge thinks; and why."""
 
     score: float
     correct: bool | None = None  # None: this judge only ranks
@@ -40,7 +40,7 @@ class Judge(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What the verdicts follow from; a resumed run must have the same. JSON."""
+        """Returns what the verdicts follow from; a resumed run must have the same. JSON."""
         ...
 
 

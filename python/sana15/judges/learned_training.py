@@ -69,7 +69,7 @@ def _faint(scene: Scene, rng: Random) -> NDArray[np.uint8]:
 
 
 def targets(samples: list[tuple[Scene, int | None]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network should say, [B, 8, 16, 16] (centre, well formed, offset x and y, size, shape, colour, is object).
+    """Returns what the network should say, [B, 8, 16, 16] (centre, well formed, offset x and y, size, shape, colour, is object).
 
     And how much the centre counts in each cell, [B, 16, 16]: not at all in the cells around an object's.
     """

@@ -1,4 +1,4 @@
-"""What a vision-language model is asked, and how its answer becomes a score.
+"""Words the question for a vision-language model, and turns its answer into a score.
 
 As VILA-Judge is asked (SANA-1.5, arXiv:2501.18427, section 2.4): each picture alone, the picture first, yes or no; pictures
 answered yes come before those answered no, the surer yes first and the surer no last. The score is log p(yes) - log p(no) of
@@ -62,5 +62,5 @@ def verdict(log_yes: float, log_no: float, log_other: float = -math.inf, other: 
 
 
 def log_probability(logs: Iterable[float]) -> float:
-    """Of any of several tokens; -inf of none."""
+    """The log-probability of any of several tokens; -inf of none."""
     return float(np.logaddexp.reduce(list(logs), initial=-math.inf))

@@ -12,7 +12,7 @@ from ..files import DataError, sync_folder
 
 
 class Ledger:
-    """What a run has done so far, and where it notes what it does.
+    """Keeps what a run has done so far, and notes what it does.
 
     A process killed while it writes leaves a torn last line, which is cut off when the file is opened again: what it spoke of
     is done again. Nothing else is ever removed or changed.

@@ -1,4 +1,4 @@
-"""How a prompt's candidates are searched. Each policy picks, best first, and never asks for more than the budget holds."""
+"""Searches a prompt's candidates. Each policy picks, best first, and never asks for more than the budget holds."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def expected_gains(scores: Sequence[NDArray[np.float64]], pick: int) -> NDArray[
 
 
 def stopped(scores: NDArray[np.float64], stop_at: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What `stop` does with recorded candidates, for pick 1: [prompts] how many it makes, and which one it picks.
+    """Replays `stop` on recorded candidates, for pick 1: [prompts] how many it makes, and which one it picks.
 
     scores: [prompts, n].
     """

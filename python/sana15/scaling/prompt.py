@@ -34,7 +34,7 @@ class Spent:
 
 
 class PromptSearch:
-    """What a policy works with: it asks for candidates 0, 1, ... and sees their scores.
+    """The candidates of a prompt as a policy sees them: it asks for candidates 0, 1, ... and sees their scores.
 
     Every answer that the ledger holds is taken from there, at the same price: a policy that is run again after a kill does
     the same, and only what is missing is computed. Batches are chunks of what is asked for, so they are the same again.
@@ -83,7 +83,7 @@ class PromptSearch:
 
     @property
     def price(self) -> int:
-        """Of a finished picture with every judge's verdict."""
+        """The price of a finished image with every judge's verdict."""
         return self.generator.evaluations(0, self.generator.steps) + len(self.judges)
 
     def affordable(self, price_of: Any, most: int) -> int:

@@ -34,7 +34,7 @@ BATCH_MINI, BATCH = 32, 1  # pictures computed at once where nothing is said
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for one prompt; `picked` are candidates, best first, `scores` theirs (None: by comparison only)."""
+    """The result for one prompt; `picked` are candidates, best first, `scores` theirs (None: by comparison only)."""
 
     index: int
     line: Mapping[str, Any]
@@ -54,7 +54,7 @@ class Found:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What search found; lists by prompt of this shard."""
+    """The result of a search; lists by prompt of this shard."""
 
     out: Path
     found: list[Found]

@@ -28,7 +28,7 @@ RULES = ("strict", "geneval")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the picture is correct, why not (empty when it is), and the objects that were found."""
+    """Tells whether the image is correct, why not (empty when it is), and the objects that were found."""
 
     correct: bool
     reason: str

@@ -60,21 +60,21 @@ class Detected:
 
 @dataclass(frozen=True)
 class Picture:
-    """What one picture shows: its objects from left to right, and the mean colour of its background, rgb in 0..1."""
+    """The content of one image: its objects from left to right, and the mean colour of its background, rgb in 0..1."""
 
     objects: tuple[Detected, ...]
     background: tuple[float, float, float]
 
     @property
     def neutral(self) -> bool:
-        """Whether the background is a medium grey: little colour, and far from black and white."""
+        """Tells whether the background is a medium grey: little colour, and far from black and white."""
         return max(self.background) - min(self.background) <= MAX_TINT and all(
             GREYS[0] <= channel <= GREYS[1] for channel in self.background
         )
 
 
 def detect_batch(pictures: NDArray[np.uint8]) -> list[Picture]:
-    """What each picture shows.
+    """Detects what each image shows.
 
     Args:
         pictures: [B, 64, 64, 3] uint8 RGB.

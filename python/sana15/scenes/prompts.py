@@ -127,7 +127,7 @@ def normalized(prompt: str) -> list[str]:
 
 
 def parse(prompt: str) -> Spec:
-    """What a prompt asks for.
+    """Parses what a prompt asks for.
 
     Raises:
         ValueError: the prompt is empty or too long, has a word (a colour, a shape) that is not in the vocabulary, asks

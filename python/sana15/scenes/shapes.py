@@ -69,7 +69,7 @@ def _tables() -> NDArray:
 
 
 def coverage(shape: NDArray, cx: NDArray, cy: NDArray, diameter: NDArray, size: int = IMAGE_SIZE) -> NDArray:
-    """How much of each pixel each object covers.
+    """Computes how much of each pixel each object covers.
 
     Args:
         shape: [M] integers, indices into SHAPES.

@@ -1,4 +1,4 @@
-"""What a prompt asks for, and the same as GenEval's metadata.
+"""Describes what a prompt asks for, also as GenEval's metadata.
 
 GenEval lists a position prompt's reference first; the subject follows with `position: [relation, 0]`. A counting prompt
 also excludes the same class with one more. Here a class is a shape.

@@ -38,7 +38,7 @@ HELD_OUT_RELATIONS = frozenset((a, RELATIONS[i % 4], b) for i, (a, b) in enumera
 
 
 def is_held_out(spec: Spec) -> bool:
-    """Whether training must not show what `spec` asks for."""
+    """Tells whether training must not show what `spec` asks for."""
     return held_out_reason(spec) is not None
 
 

@@ -1,4 +1,4 @@
-"""What the mini model is trained on: an endless stream of prompts and scenes without anything that is held out."""
+"""The training data of the mini model: an endless stream of prompts and scenes without anything that is held out."""
 
 from collections.abc import Mapping
 from random import Random
