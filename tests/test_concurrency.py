@@ -99,7 +99,7 @@ def test_a_run_in_a_folder_and_a_new_folder_of_its_name_exclude_each_other(model
     monkeypatch.setattr(concurrency, "PATIENCE", 0.1)
     with another(claimed_target(tmp_path / "a")), pytest.raises(InUse, match="a is in use"), claimed(tmp_path / "a"):
         pass
-    with another(claimed(tmp_path / "a")), pytest.raises(ValueError, match="a exists"):
+    with another(claimed(tmp_path / "a")), pytest.raises(InUse, match="a is in use"):
         convert(model / "transformer", tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 

@@ -160,7 +160,7 @@ def test_config_round_trip(tmp_path):
         ({"mlp_ratio": None}, "mlp_ratio must be a finite number"),
         ({"norm_eps": "x"}, "norm_eps must be a finite number"),
         ({"timestep_scale": float("nan")}, "timestep_scale must be a finite number"),
-        ({"interpolation_scale": "1"}, "interpolation_scale must be a number"),
+        ({"interpolation_scale": "1"}, "interpolation_scale must be a finite number above 0"),
     ],
 )
 def test_bad_config(changes, match):

@@ -120,8 +120,15 @@ def _begin(state: dict[str, Tensor], gradient: Tensor, weight: float) -> None:
     """The first basis, for the next step, and Adam's squares in it; in this step most of them would be rounding errors."""
     for side, gram in zip(SIDES, _grams(gradient)):
         finite = gram.nan_to_num(0, 0, 0)  # eigh raises otherwise; like Adam, this lets NaN through to the weights
-        state[f"gram_{side}"], state[f"basis_{side}"] = gram, torch.linalg.eigh(finite).eigenvectors
+        state[f"gram_{side}"], state[f"basis_{side}"] = gram, _eigenvectors(finite)
     state["exp_avg_sq"] = (state["basis_left"].T @ gradient @ state["basis_right"]).square_().mul_(weight)
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    try:
+        return torch.linalg.eigh(gram).eigenvectors
+    except torch.linalg.LinAlgError:  # fp32 may fail on the many equal eigenvalues that a gradient of low rank has
+        return torch.linalg.eigh(gram.double()).eigenvectors.to(gram.dtype)
 
 
 def _refresh(state: dict[str, Tensor], gradient: Tensor, beta: float, turn: bool) -> None:
