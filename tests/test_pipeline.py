@@ -146,7 +146,8 @@ def test_outside_the_interval_the_model_is_asked_once(pipe, monkeypatch):
 
 def test_the_text_is_projected_once(pipe, monkeypatch):
     """And the pictures are those of a projection at every step, to the last bit."""
-    calls, project = [], pipe.transformer._states  # of the caption's layers; a hook on one would be called at every step
+    # Counted in the model: a hook on a layer of the text's way would be called at every step.
+    calls, project = [], pipe.transformer._states
 
     def counted(text):
         calls.append(len(text))
