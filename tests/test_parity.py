@@ -65,7 +65,13 @@ def seeds(case):
     Where truth is 0, as for a key's bias, both errors are rounding alone: in norm2_affine one element of 30 runs has 2.12
     times the peer's largest error, 1.94 times that of 40 and more; the RMS errors are 1.08 (25 runs) and 1.02 (50) apart.
     """
-    return 20 if CASES[case][0]["attention_head_dim"] == 32 else 50
+    return 20 if CASES[case][0]["attention_head_dim"] == 32 else MANY
+
+
+# The largest of all errors in 16 bits is that of one gradient which is itself large (20 times its RMS and more), so one
+# draw: of 20 runs ours has 2.04 times the peer's in sana10 and 1.00 in sana15, of 50 runs 1.32 and 0.80. The RMS error
+# of that gradient is 0.88 of the peer's.
+MANY = 50
 
 
 def assert_model_matches(patched, stock, make, dtype, seeds):
@@ -100,7 +106,7 @@ def test_float32(case):
 @low_cases
 @pytest.mark.parametrize("low", LOW, ids=dtype_id)
 def test_16_bit_model(case, low):
-    assert_model_matches(*pair(case), low, seeds=seeds(case))
+    assert_model_matches(*pair(case), low, seeds=MANY)
 
 
 def under_autocast(function, low):
@@ -117,7 +123,7 @@ def test_autocast(case, low):
     """fp32 weights and an fp32 residual stream with 16-bit operands; truth is fp64 without autocast."""
     patched, stock, make = pair(case)
     cast = (under_autocast(function, low) for function in (patched, stock))
-    assert_model_matches(*cast, make, torch.float32, seeds=seeds(case))
+    assert_model_matches(*cast, make, torch.float32, seeds=MANY)
 
 
 @pytest.mark.parametrize("case", ["sana15", "sana10", "no_mask", "one_row"])

@@ -163,8 +163,12 @@ inline void check_came(const CameParameter& before, const CameParameter& after, 
   for (int64_t i = 0; i < blocks; ++i) {
     const double top = std::fmax(-low[i], high[i]);
     if (before.linear) {
-      CHECK_CLOSE(after.scales[2 * i], low[i], 4e-6 * top);
-      CHECK_CLOSE(after.scales[2 * i + 1], (high[i] - low[i]) / 255, 4e-6 * top);
+      // Where 0 lies between the ends it is one of the values: the lowest is then a whole number of steps away.
+      const bool crosses = low[i] < 0 && high[i] > 0;
+      const double lowest = after.scales[2 * i], step = after.scales[2 * i + 1];
+      CHECK_CLOSE(step, (high[i] - low[i]) / (crosses ? 254 : 255), 4e-6 * top);
+      CHECK_CLOSE(lowest, low[i], (crosses ? 0.5 * step : 0) + 4e-6 * top);
+      if (crosses) CHECK_CLOSE(lowest, std::rint(lowest / step) * step, 1e-6 * top);
     } else {
       CHECK_CLOSE(after.scales[i], top, 4e-6 * top);
     }
@@ -172,7 +176,7 @@ inline void check_came(const CameParameter& before, const CameParameter& after, 
   // To half the distance of two values, in the dynamic code's top decade, and a little.
   for (int64_t i = 0; i < n; ++i) {
     const double l = low[block_of(i)], t = high[block_of(i)], top = std::fmax(-l, t);
-    CHECK_CLOSE(after.moment(i), m[i], before.linear ? (t - l) / 255 * 0.501 + 4e-6 * top : 0.0071 * top);
+    CHECK_CLOSE(after.moment(i), m[i], before.linear ? (t - l) / 254 * 0.501 + 4e-6 * top : 0.0071 * top);
   }
 }
 
