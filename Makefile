@@ -12,6 +12,8 @@ STEPS ?=
 MODEL ?=
 PARTS ?=
 PYTEST_ARGS ?=
+# One worker for each core, each with a thread of its own (tests/conftest.py): small models gain nothing from more.
+WORKERS ?= -n logical --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-torch-$(TORCH)
@@ -22,7 +24,7 @@ CPP = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'cs
 .DELETE_ON_ERROR:
 
 test: build
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 demo: build
 	$(BIN)/sana15 demo --out out/demo || { echo 'make demo-diffusers shows the kernels without a trained model'; exit 1; }

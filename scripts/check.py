@@ -19,7 +19,6 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,10 +26,23 @@ OUT = ROOT / "build/check"
 BIN = ROOT / os.environ.get("VENV", ".venv") / "bin"
 PYTHON = str(BIN / "python")
 SECOND_TORCH = os.environ.get("SECOND_TORCH", "2.14.1")
-SECOND_TORCH_TOOLS = ["numpy", "pytest", "hypothesis", "diffusers", "transformers", "accelerate", "peft"]
+SECOND_TORCH_TOOLS = [
+    "numpy",
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+]
 BUILD_TOOLS = ["setuptools>=77", "ninja", "pybind11"]
 LIMIT_SECONDS = 3600  # of one command
-QUICK_BUILD = {"SANA_EXT_BUILD": "cpu", "CXXFLAGS": "-O1"}  # where the installation is checked, not the kernels' speed
+CORES = os.cpu_count() or 1
+WORKERS = ["-n", str(min(CORES, 8)), "--dist", "worksteal"]  # of pytest
+# Where the installation is checked and not the kernels' speed.
+QUICK = {"CXXFLAGS": "-O1", "SANA_EXT_CUDA_ARCHITECTURES": "90"}
+QUICK_BUILD = QUICK | {"SANA_EXT_BUILD": "cpu"}
 # What makes torch's own kernels choose as on a processor without AVX-512, beside our SANA_EXT_CPU_ISA.
 AVX2 = {
     "SANA_EXT_CPU_ISA": "avx2",
@@ -104,8 +116,8 @@ def op_tests() -> list[str]:
     return [f"tests/test_{stem}.py" for stem in stems if (ROOT / f"tests/test_{stem}.py").exists()]
 
 
-def pytest(python: str | Path, env: dict[str, str], *args: str | Path) -> str:
-    return last_line(run([python, "-m", "pytest", *args], env), r"\d+ (passed|failed)")
+def pytest(python: str | Path, env: dict[str, str], *args: str | Path, cwd: Path = ROOT) -> str:
+    return last_line(run([python, "-m", "pytest", *WORKERS, *args], env, cwd), r"\d+ (passed|failed)")
 
 
 def ctest(name: str, *options: str) -> str:
@@ -114,7 +126,8 @@ def ctest(name: str, *options: str) -> str:
     run([BIN / "cmake", "-S", ROOT, "-B", build, *tools, *options])
     run([BIN / "cmake", "--build", build])
     return last_line(
-        run([BIN / "ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"]), "tests passed"
+        run([BIN / "ctest", "--test-dir", build, f"-j{CORES}", "--output-on-failure", "--no-tests=error"]),
+        "tests passed",
     )
 
 
@@ -186,9 +199,7 @@ def emulator() -> str:
     run([PYTHON, "setup.py", "-q", "build_ext", "--inplace"], {"SANA_EXT_BUILD": "emulator"})
     stems = [p.stem for p in sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
     tests = [test for stem in ["emulator", *stems] for test in sorted((ROOT / "tests").glob(f"test_{stem}*.py"))]
-    with ThreadPoolExecutor(2) as pool:  # the emulator runs on one core
-        lines = pool.map(lambda half: pytest(PYTHON, {"SANA_EXT_EMULATOR": "1"}, *half), (tests[::2], tests[1::2]))
-        return "; ".join(lines)
+    return pytest(PYTHON, {"SANA_EXT_EMULATOR": "1"}, *tests)
 
 
 @part
@@ -219,7 +230,7 @@ def nvcc_wheels() -> str:
     requirements = [line.split(";")[0].strip() for line in run([PYTHON, "-c", extra]).splitlines()]
     python = venv(ROOT / ".venv-nvcc", requirements, shares=True)
     folders = [f for f in os.environ["PATH"].split(os.pathsep) if not os.access(Path(f) / "nvcc", os.X_OK)]
-    env = {"PATH": os.pathsep.join(folders), "CUDA_HOME": "", "CUDA_PATH": "", "SANA_EXT_BUILD": "cuda"}
+    env = QUICK | {"PATH": os.pathsep.join(folders), "CUDA_HOME": "", "CUDA_PATH": "", "SANA_EXT_BUILD": "cuda"}
     target = OUT / "nvcc-wheels"
     run([python, "setup.py", "-q", "build_ext", "--build-lib", target, "--build-temp", target / "temp"], env)
     if ".venv-nvcc" not in (target / "temp/build.ninja").read_text():
@@ -266,7 +277,7 @@ def second_torch() -> str:
         env = {"PYTHONPATH": str(tree)}
         if run([python, "-c", built], env, tree).strip() != builder:
             raise Failed(f"torch {runner} did not run the libraries that were built with {builder}")
-        line = last_line(run([python, "-m", "pytest", *tests], env, tree), r"\d+ (passed|failed)")
+        line = pytest(python, env, *tests, cwd=tree)
         results.append(f"built with {builder}, run with {runner}: {line}")
     loaded = "import sana_ext, torch; print(sana_ext._extension.libraries()['cuda'].loaded, torch.version.cuda)"
     if (ROOT / "sana_ext/libsana_ext_cuda.so").exists():
@@ -341,7 +352,10 @@ def build_modes() -> str:
     for mode, libraries in expected.items():
         target = OUT / f"mode-{mode}"
         shutil.rmtree(target, ignore_errors=True)
-        run([PYTHON, "setup.py", "-q", "build", "--build-lib", target, "--build-temp", temp], {"SANA_EXT_BUILD": mode})
+        run(
+            [PYTHON, "setup.py", "-q", "build", "--build-lib", target, "--build-temp", temp],
+            QUICK | {"SANA_EXT_BUILD": mode},
+        )
         found = {p.stem.removeprefix("libsana_ext_") for p in target.glob("sana_ext/libsana_ext_*.so")}
         if found != libraries or bool(list(target.glob("sana_ext/_C*.so"))) != bool(libraries):
             raise Failed(f"SANA_EXT_BUILD={mode} built {sorted(found)}, expected {sorted(libraries)}")

@@ -2,6 +2,9 @@ import importlib
 import os
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each of several workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
