@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from test_model import SMALL, batch, pair
 
 from sana15 import SanaConfig, SanaTransformer
-from sana15.checkpoint import INDEX, WEIGHTS, load_transformer, save_transformer
+from sana15.checkpoint import INDEX, WEIGHTS
 from sana15.files import DataError
+from sana15.transformer_checkpoint import load_transformer, save_transformer
 
 
 @pytest.mark.parametrize("shard", ["10GB", "100KB"])

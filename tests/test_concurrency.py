@@ -14,7 +14,6 @@ import tiny_pipeline
 from test_growth import files_below, run_python, source
 
 from sana15 import concurrency
-from sana15.checkpoint import save_transformer
 from sana15.cli import main
 from sana15.concurrency import InUse, claimed, claimed_target
 from sana15.export import export
@@ -25,6 +24,7 @@ from sana15.release import convert
 from sana15.scaling.ledger import Ledger
 from sana15.train import train
 from sana15.train_config import load_config
+from sana15.transformer_checkpoint import save_transformer
 
 
 @contextmanager

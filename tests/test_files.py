@@ -9,10 +9,10 @@ import pytest
 from test_growth import files_below, run_python, source
 
 from sana15 import files
-from sana15.checkpoint import load_transformer, save_transformer
 from sana15.cli import main
 from sana15.files import DataError, read_json, staging
 from sana15.growth_files import grow_folder
+from sana15.transformer_checkpoint import load_transformer, save_transformer
 
 HOLD = """
 import sys, time

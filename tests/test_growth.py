@@ -17,13 +17,14 @@ from test_model import SMALL, batch
 
 import sana15
 from sana15 import SanaConfig, SanaTransformer
-from sana15.checkpoint import INDEX, WEIGHTS, load_transformer, save_transformer
+from sana15.checkpoint import INDEX, WEIGHTS
 from sana15.cli import main
 from sana15.files import DataError, open_tensors, stream_tensors
 from sana15.growth import STRATEGIES, block_of, growth_map
 from sana15.growth_files import check_growth, grow_folder
 from sana15.pipeline import Pipeline
 from sana15.release import parameter_shapes
+from sana15.transformer_checkpoint import load_transformer, save_transformer
 
 NEW = None
 OUTPUTS = ("attn1.to_out.0.weight", "attn1.to_out.0.bias", "attn2.to_out.0.weight", "attn2.to_out.0.bias")

@@ -13,7 +13,7 @@ import sana15
 from sana15 import flow as flow_of
 from sana15 import importance_report, pruning_files, pruning_search
 from sana15 import train as training
-from sana15.checkpoint import WEIGHTS, folder_weights, load_transformer, save_transformer
+from sana15.checkpoint import WEIGHTS, folder_weights
 from sana15.cli import main, parser
 from sana15.data import SceneBatches
 from sana15.distillation import Distillation, counterparts
@@ -21,11 +21,12 @@ from sana15.files import DataError
 from sana15.healing import Healing, dtype_name
 from sana15.importance import batch_loss
 from sana15.pipeline import MINI, Pipeline
-from sana15.pruning import Choice
+from sana15.pruning_choice import Choice
 from sana15.pruning_files import prune_folder
 from sana15.train_config import load_config
 from sana15.train_tasks import TransformerTask
 from sana15.trajectory import calibration_prompts
+from sana15.transformer_checkpoint import load_transformer, save_transformer
 
 KEPT = [0, 1, 3, 4, 6, 8, 9, 11]
 QUICK = Healing(steps=2, batch_size=2)

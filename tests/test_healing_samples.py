@@ -9,7 +9,7 @@ from tiny_pipeline import make_published
 
 import sana15
 from sana15 import healing_samples, pruning_files, train
-from sana15.checkpoint import folder_weights, load_transformer, save_transformer
+from sana15.checkpoint import folder_weights
 from sana15.cli import main
 from sana15.distillation import Distillation
 from sana15.generator import PipelineGenerator
@@ -20,6 +20,7 @@ from sana15.pipeline import Pipeline
 from sana15.pruning_files import prune_folder
 from sana15.sampling import Sampling, Seed
 from sana15.trajectory import calibration
+from sana15.transformer_checkpoint import load_transformer, save_transformer
 
 KEPT = [0, 1, 3, 4, 6, 8, 9, 11]
 PROMPTS = ["a red circle", "two blue stars and a green square", "a yellow ring"]

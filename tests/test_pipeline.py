@@ -206,7 +206,7 @@ def test_bad_prompts_and_folders(pipe, tmp_path):
 
 
 def test_save_and_load(pipe, tmp_path):
-    from sana15.checkpoint import save_transformer
+    from sana15.transformer_checkpoint import save_transformer
 
     save_transformer(pipe.transformer, tmp_path / "transformer")
     pipe.text.save(tmp_path / "text_encoder")
@@ -224,7 +224,7 @@ def test_save_and_load(pipe, tmp_path):
 
 
 def test_parts_that_do_not_belong_together(pipe, tmp_path):
-    from sana15.checkpoint import save_transformer
+    from sana15.transformer_checkpoint import save_transformer
 
     save_transformer(pipe.transformer, tmp_path / "transformer")
     MiniTextEncoder(["a"], width=32, heads=2).save(tmp_path / "text_encoder")
@@ -239,7 +239,7 @@ def test_parts_that_do_not_belong_together(pipe, tmp_path):
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
 @pytest.mark.parametrize("damage", ["config", "weights", "cut", "missing"])
 def test_damaged_parts_are_named(pipe, tmp_path, part, damage):
-    from sana15.checkpoint import save_transformer
+    from sana15.transformer_checkpoint import save_transformer
 
     save_transformer(pipe.transformer, tmp_path / "transformer")
     pipe.text.save(tmp_path / "text_encoder")

@@ -9,10 +9,10 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers_models import inputs
 from test_release import CHANNELS, HEADS, TEXT, C, release
 
-from sana15.checkpoint import load_transformer
 from sana15.cli import main
 from sana15.config import SanaConfig
 from sana15.position_table import interpolation_of, position_table
+from sana15.transformer_checkpoint import load_transformer
 
 
 def table_of(side, scale, width=C, base=None):

@@ -17,7 +17,7 @@ from test_model import batch
 
 import sana15
 from sana15 import Pipeline, SanaConfig, SanaTransformer
-from sana15.checkpoint import INDEX, WEIGHTS, Weight, load_transformer, save_transformer, weights_sha256
+from sana15.checkpoint import INDEX, WEIGHTS, Weight, weights_sha256
 from sana15.cli import main
 from sana15.config import SIZES
 from sana15.depth import chosen_blocks
@@ -28,6 +28,7 @@ from sana15.model_folders import reopening
 from sana15.pruning import highest, pruned_config
 from sana15.pruning_files import prune_folder, read_indices
 from sana15.release import parameter_shapes
+from sana15.transformer_checkpoint import load_transformer, save_transformer
 
 
 def importance_of(cosine, loss_change=None):

@@ -14,8 +14,9 @@ from sana15.depth import chosen_blocks
 from sana15.distillation import Distillation
 from sana15.healing import flow_steps
 from sana15.pruning import choose
+from sana15.pruning_choice import split
 from sana15.pruning_learned import groups_of
-from sana15.pruning_search import greedy, search, split
+from sana15.pruning_search import greedy, search
 
 
 def test_greedy_takes_what_is_best_after_healing_and_not_before():

@@ -8,14 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .concurrency import claiming
-from .config import SanaConfig
 from .files import CODES, DataError, open_tensors, read_json, replace_folder, staging, stream_tensors
-from .model import SanaTransformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -29,6 +28,11 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Weight:
+        """A tensor that is in memory."""
+        return Weight(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 Weights = Mapping[str, Weight]
@@ -119,26 +123,9 @@ def load_weights(model: nn.Module, folder: str | Path, dtype: torch.dtype) -> No
     model.load_state_dict({name: w.load().to(dtype) for name, w in weights.items()}, strict=True, assign=True)
 
 
-def load_transformer(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> SanaTransformer:
-    """A SanaTransformer in eval mode from a diffusers `transformer/` folder; raises as load_weights does."""
-    config = SanaConfig.load(folder)
-    with torch.device("meta"):
-        model = SanaTransformer(config)
-    load_weights(model, folder, dtype)
-    return model.eval()
-
-
-def save_transformer(
-    model: SanaTransformer, folder: str | Path, *, dtype: torch.dtype | None = None, shard_bytes: int | None = None
-) -> None:
-    """Writes a folder that diffusers' SanaTransformer2DModel.from_pretrained loads; complete or not at all."""
-    weights = {name: Weight(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in model.state_dict().items()}  # type: ignore[misc]
-    write_folder(model.config, weights, folder, dtype=dtype, shard_bytes=shard_bytes)
-
-
 @claiming(lambda given: given["folder"], new=True)
 def write_folder(
-    config: SanaConfig,
+    settings: Mapping[str, Any],
     weights: Weights,
     folder: str | Path,
     *,
@@ -148,13 +135,13 @@ def write_folder(
     """Writes config.json and the weights, one tensor in memory at a time.
 
     Args:
-        dtype: of all tensors; None: as they are.
+        settings: of config.json. dtype: of all tensors; None: as they are.
         shard_bytes: the most that a file may hold; more goes to further files, named by an index. None: one file.
     """
     target = Path(folder)
     with staging(target) as partial:
         partial.mkdir()
-        (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         _write_shards(weights, partial, dtype, shard_bytes)
         replace_folder(partial, target)
 

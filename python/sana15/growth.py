@@ -158,7 +158,7 @@ def grow(
     blocks, _ = growth_map(model.config.num_layers, layers, keep, strategy)
     config = grown_config(model.config, layers, add_qk_norm)
     state = model.state_dict()
-    weights = {name: Weight(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}  # type: ignore[misc]
+    weights = {name: Weight.of(t) for name, t in state.items()}
     with torch.device("meta"):
         grown = SanaTransformer(config)
     device = model.proj_out.weight.device

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .checkpoint import load_transformer, save_transformer
 from .concurrency import require_one_process
 from .distillation import Distillation, training_loss
 from .files import DTYPES, require_finite
@@ -21,6 +20,7 @@ from .measuring import evaluating
 from .pipeline import Pipeline
 from .text import MiniTextEncoder
 from .trajectory import CalibrationBatch
+from .transformer_checkpoint import load_transformer, save_transformer
 
 
 @dataclass

@@ -95,7 +95,7 @@ class ModelFolder:
             else:
                 partial.mkdir()
             made = partial / "transformer"
-            write_folder(config, weights, made, shard_bytes=shard_bytes)
+            write_folder(config.to_dict(), weights, made, shard_bytes=shard_bytes)
             whole = partial if self.pipeline else made
             if (whole / SETTINGS).exists():  # a copy of a read-only file would be read-only
                 (whole / SETTINGS).unlink()

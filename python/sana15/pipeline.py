@@ -57,7 +57,7 @@ class Pipeline:
         Raises:
             FileNotFoundError: a part is missing; ValueError: a file is damaged or does not fit the config.
         """
-        from .checkpoint import load_transformer
+        from .transformer_checkpoint import load_transformer
 
         if str(source) == "mini" and not (MINI / "transformer").is_dir():
             raise FileNotFoundError(

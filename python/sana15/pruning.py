@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -16,20 +15,11 @@ from .config import SanaConfig
 from .growth import grown_weights
 from .importance import Importance, block_importance
 from .model import SanaTransformer
+from .pruning_choice import Choice
 from .sampling import check_training_seed
 from .trajectory import CalibrationBatch
 
 STRATEGIES = ("importance", "loss", "search", "learned", "indices")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The blocks that stay, in order, and what it took to choose them."""
-
-    kept: list[int]
-    by: str
-    spent: dict[str, Any] = field(default_factory=dict)
-    removed: list[int] = field(default_factory=list)  # of search: the others, in the order of their removal
 
 
 def is_whole(number: object) -> bool:
@@ -164,7 +154,7 @@ def prune(
         model, layers, keep, by, importance=importance, batches=batches, indices=indices, seed=seed, **options
     )
     config = pruned_config(model.config, choice.kept)
-    weights = {name: Weight(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in model.state_dict().items()}  # type: ignore[misc]
+    weights = {name: Weight.of(t) for name, t in model.state_dict().items()}
     with torch.device("meta"):
         pruned = SanaTransformer(config)
     state = {n: w.load().detach().clone() for n, w in grown_weights(weights, config, choice.kept, seed=0).items()}

@@ -21,7 +21,8 @@ from .healing_samples import Samples, heal_on_samples
 from .importance import Importance
 from .model_folders import SETTINGS, ModelFolder
 from .pipeline import Pipeline
-from .pruning import Choice, check_keep, choose, pruned_config, strategy
+from .pruning import check_keep, choose, pruned_config, strategy
+from .pruning_choice import Choice
 from .trajectory import CalibrationBatch, calibration, calibration_prompts
 
 

@@ -20,8 +20,7 @@ from torch.nn.utils import parametrize
 from .depth import with_blocks
 from .healing import flow_steps, trainable_copy
 from .model import SanaTransformer
-from .pruning import Choice
-from .pruning_search import split
+from .pruning_choice import Choice, split
 from .trajectory import CalibrationBatch
 
 GROUP = 4  # blocks; TinyFusion found groups of 2 and 4 best and 14 bad

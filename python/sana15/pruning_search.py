@@ -9,7 +9,7 @@ from .depth import chosen_blocks
 from .healing import flow_steps, trainable_copy
 from .importance import batch_loss
 from .model import SanaTransformer
-from .pruning import Choice
+from .pruning_choice import Choice, split
 from .trajectory import CalibrationBatch
 
 Score = Callable[[list[int]], float]
@@ -88,20 +88,3 @@ def search(
 
     kept, removed = greedy(model.config.num_layers, keep, candidates, lambda k: loss(chosen_blocks(model, k)), healed)
     return Choice(kept, "search", spent, removed)
-
-
-def split(batches: Sequence[CalibrationBatch]) -> tuple[list[CalibrationBatch], list[CalibrationBatch]]:
-    """Every third chunk of prompts, and the others; all for both where there are fewer than three chunks.
-
-    Of the second only one batch of each chunk: healing needs their pictures, not their steps.
-    """
-    if not batches:
-        raise ValueError("search and learned need at least one calibration batch")
-    chunks = sorted({b.chunk for b in batches})
-    apart = len(chunks) >= 3
-    judged = [b for b in batches if not apart or chunks.index(b.chunk) % 3 == 2]
-    healing: dict[int, CalibrationBatch] = {}
-    for b in batches:
-        if not apart or chunks.index(b.chunk) % 3 != 2:
-            healing.setdefault(b.chunk, b)
-    return judged, list(healing.values())

@@ -125,7 +125,7 @@ def read_release(path: Path, *, ema: bool = False) -> dict[str, Weight]:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise DataError(f"{path}: {name} is no floating-point tensor but {str(kind).removeprefix('torch.')}")
-    return {name: Weight(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}  # type: ignore[misc]
+    return {name: Weight.of(t) for name, t in state.items()}
 
 
 def _nested(stored: Any, ema: bool, path: Path) -> Mapping[str, Any]:
@@ -330,5 +330,5 @@ def convert(
     if target.suffix.lower() in (".safetensors", ".pth"):
         _write_release(to_release(weights, config, dtype) | _kept(stored, dtype), target)
     else:
-        write_folder(config, weights, target, dtype=dtype, shard_bytes=shard_bytes)
+        write_folder(config.to_dict(), weights, target, dtype=dtype, shard_bytes=shard_bytes)
     return config

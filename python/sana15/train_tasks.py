@@ -13,7 +13,6 @@ from PIL import Image
 from torch import nn
 
 from .autoencoder import MINI, Autoencoder
-from .checkpoint import load_transformer, save_transformer
 from .config import SanaConfig
 from .data import Batch, SceneBatches
 from .distillation import Distillation, training_loss
@@ -28,6 +27,7 @@ from .scenes.prompts import word_list
 from .scenes.testset import load as test_set
 from .text import MiniTextEncoder
 from .train_config import TrainConfig
+from .transformer_checkpoint import load_transformer, save_transformer
 
 VALIDATION_SEED = 10_000_019  # pictures that training never renders
 

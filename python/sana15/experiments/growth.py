@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from .. import flow
-from ..checkpoint import save_transformer
 from ..config import SanaConfig
 from ..data import SceneBatches
 from ..files import staging
@@ -30,6 +29,7 @@ from ..pipeline import MINI, Pipeline
 from ..train import train
 from ..train_config import TrainConfig, TransformerConfig
 from ..train_tasks import initialise
+from ..transformer_checkpoint import save_transformer
 from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
 
