@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_leaves
 from sana15 import device, judges
 from sana15.cli import main
 from sana15.device import of_pipeline, resolved
-from sana15.generator import PipelineGenerator
 from sana15.importance import batch_loss
-from sana15.pipeline import Pipeline
+from sana15.pipeline import Pipeline, PipelineGenerator
 from sana15.sampling import Sampling, Seed
 from sana15.scaling.search import _claim, search
 from sana15.scenes.testset import load

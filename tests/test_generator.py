@@ -18,8 +18,7 @@ from tiny_pipeline import make, make_published
 from transformers import AutoTokenizer, Gemma2Model
 
 from sana15.foreign import DiffusersGenerator, data_prediction
-from sana15.generator import PipelineGenerator
-from sana15.pipeline import Pipeline
+from sana15.pipeline import Pipeline, PipelineGenerator
 from sana15.sampling import Sampling, Seed
 
 PROMPTS = ["a red circle", "two squares", "a blue ring above a heart", "a star"]

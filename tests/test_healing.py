@@ -20,7 +20,8 @@ from sana15.distillation import Distillation, counterparts
 from sana15.files import DataError
 from sana15.healing import Healing, dtype_name
 from sana15.importance import batch_loss
-from sana15.pipeline import MINI, Pipeline
+from sana15.model_folders import MINI
+from sana15.pipeline import Pipeline
 from sana15.pruning_choice import Choice
 from sana15.pruning_files import prune_folder
 from sana15.train_config import load_config

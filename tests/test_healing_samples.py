@@ -12,11 +12,10 @@ from sana15 import healing_samples, pruning_files, train
 from sana15.checkpoint import folder_weights
 from sana15.cli import main
 from sana15.distillation import Distillation
-from sana15.generator import PipelineGenerator
 from sana15.healing import Healing
 from sana15.healing_samples import Samples, heal_on_samples
 from sana15.importance import Importance
-from sana15.pipeline import Pipeline
+from sana15.pipeline import Pipeline, PipelineGenerator
 from sana15.pruning_files import prune_folder
 from sana15.sampling import Sampling, Seed
 from sana15.trajectory import calibration

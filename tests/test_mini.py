@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sana15 import Pipeline
-from sana15.pipeline import MINI
+from sana15.model_folders import MINI
 from sana15.scenes.checker import check
 from sana15.scenes.testset import load as load_test_set
 

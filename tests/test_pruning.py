@@ -22,9 +22,9 @@ from sana15.cli import main
 from sana15.config import SIZES
 from sana15.depth import chosen_blocks
 from sana15.growth import block_of, grown_weights
-from sana15.growth_files import grow_folder, recorded_map
+from sana15.growth_files import grow_folder
 from sana15.importance import Importance
-from sana15.model_folders import reopening
+from sana15.model_folders import recorded_map, reopening
 from sana15.pruning import highest, pruned_config
 from sana15.pruning_files import prune_folder, read_indices
 from sana15.release import parameter_shapes

@@ -9,11 +9,12 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from safetensors.torch import load_file
 
-from sana15.checkpoint import INDEX, WEIGHTS, Weight, parse_bytes
+from sana15.checkpoint import INDEX, WEIGHTS, Weight
 from sana15.cli import main
 from sana15.config import SanaConfig
 from sana15.release import convert, infer_config, parameter_shapes, read_release, source_of
 from sana15.transformer_checkpoint import load_transformer
+from sana15.values import parse_bytes
 
 C, F, TEXT, CHANNELS = 96, 240, 20, 4
 HEADS = "num_cross_attention_heads=2"

@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint(model, tmp_path, capsys):
 
 
 def test_without_the_mini_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sana15.pipeline.MINI", tmp_path / "assets" / "mini")
+    monkeypatch.setattr("sana15.model_folders.MINI", tmp_path / "assets" / "mini")
     assert main(["sample", "a red circle", "--out", str(tmp_path / "out")]) == 3
     error = capsys.readouterr().err
     assert "the mini model is not in this installation" in error

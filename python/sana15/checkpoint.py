@@ -176,12 +176,3 @@ def _in_words_and_numbers(name: str) -> list[str | int]:
 def write_weights(weights: Weights, path: Path, dtype: torch.dtype | None = None) -> None:
     """One safetensors file, one tensor in memory at a time."""
     stream_tensors({name: (w.shape, dtype or w.dtype, w.load) for name, w in weights.items()}, path)
-
-
-def parse_bytes(text: str) -> int:
-    """The bytes of "5GB", "500MB", "100kB" or a plain number; ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
-    size = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]] if match else 0
-    if size < 1:
-        raise ValueError(f"a size must be written as 5GB or 500MB, got {text!r}")
-    return int(size)

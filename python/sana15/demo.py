@@ -25,8 +25,8 @@ from .concurrency import claiming
 from .config import SanaConfig
 from .device import resolved
 from .geneval import judge_folder, picture_path, write_metadata
-from .pictures import describe, save_png
-from .pipeline import Pipeline
+from .pictures import save_png
+from .pipeline import Pipeline, describe
 from .sample import progress_bar
 from .sampling import Item, Sampling
 from .scenes.spec import spec_from_metadata

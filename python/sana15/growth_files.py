@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Weights, parse_bytes, require_fit
+from .checkpoint import Weights, require_fit
 from .concurrency import claiming
 from .config import SanaConfig
-from .files import DataError, read_json
+from .files import DataError
 from .growth import BLOCKS, GrowthMap, block_of, grown_config, grown_weights, growth_map
 from .model import SanaTransformer
-from .model_folders import SETTINGS, ModelFolder, reopening
+from .model_folders import ModelFolder, reopening
 from .release import parameter_shapes
+from .values import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -102,23 +103,6 @@ def grow_folder(
     grown = grown_weights(weights, config, blocks, seed)
     origin.rewrite(target, config, grown, settings, shard_bytes=shard_bytes, finish=checked)
     return growth, lines
-
-
-def recorded_map(folder: str | Path, layers: int) -> GrowthMap:
-    """The growth map in a folder's sana15.json; empty where none is recorded.
-
-    Raises:
-        DataError: it is not a map of `layers` blocks.
-    """
-    path = Path(folder) / SETTINGS
-    growth = read_json(path).get("growth") if path.exists() else None
-    if growth is None:
-        return []
-    blocks = growth.get("map") if isinstance(growth, dict) else None
-    valid = isinstance(blocks, list) and all(b is None or (type(b) is int and b >= 0) for b in blocks)
-    if not isinstance(blocks, list) or not valid or len(blocks) != layers:
-        raise DataError(f"{path}: growth.map must name a source block or null for each of the {layers} blocks")
-    return blocks
 
 
 def check_growth(source: Path, grown: Path, growth: Growth) -> list[str]:

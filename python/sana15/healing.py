@@ -18,9 +18,9 @@ from . import flow
 from .checkpoint import folder_weights
 from .concurrency import require_one_process
 from .distillation import counterparts
-from .files import DTYPES, DataError, replace_folder
+from .files import DTYPES, replace_folder
 from .model import SanaTransformer
-from .model_folders import SETTINGS, ModelFolder
+from .model_folders import ModelFolder, recorded_kept
 from .sampling import check_training_seed
 from .train_config import TrainConfig
 from .trajectory import CalibrationBatch
@@ -170,7 +170,7 @@ def heal_on_scenes(folder: Path, teacher: Path, healing: Healing, device: str = 
     from .train_config import TransformerConfig
 
     pipe = Pipeline.from_pretrained(folder)
-    healing = healing.of_model(pipe.text).for_kept(kept_of(folder), ModelFolder(teacher).config.num_layers)
+    healing = healing.of_model(pipe.text).for_kept(recorded_kept(folder), ModelFolder(teacher).config.num_layers)
     transformer = TransformerConfig(
         autoencoder=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), start=str(folder),
         flow_shift=pipe.flow_shift, teacher=str(teacher) if healing.distill else "", distill=healing.distill,
@@ -199,12 +199,3 @@ def dtype_name(folder: Path) -> str:
     """That holds all the folder's weights, in which the healed ones are written; fp32 for fp64."""
     widest = functools.reduce(torch.promote_types, (w.dtype for w in folder_weights(folder).values()))
     return {v: k for k, v in DTYPES.items()}.get(widest, "fp32")
-
-
-def kept_of(folder: Path) -> list[int]:
-    """The kept blocks in a pruned folder's sana15.json; DataError where there are none."""
-    pruning = ModelFolder(folder).settings().get("pruning")
-    kept = pruning.get("kept") if isinstance(pruning, dict) else None
-    if not isinstance(kept, list) or not all(type(i) is int for i in kept):
-        raise DataError(f"{folder / SETTINGS} does not say which blocks were kept")
-    return kept

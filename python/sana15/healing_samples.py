@@ -15,8 +15,9 @@ from .concurrency import require_one_process
 from .distillation import Distillation, training_loss
 from .files import DTYPES, require_finite
 from .growth_training import set_learning_rates
-from .healing import CAPTION_DROP, LARGE_OPTIMIZER, Healing, dtype_name, kept_of, training_of
+from .healing import CAPTION_DROP, LARGE_OPTIMIZER, Healing, dtype_name, training_of
 from .measuring import evaluating
+from .model_folders import recorded_kept
 from .pipeline import Pipeline
 from .text import MiniTextEncoder
 from .trajectory import CalibrationBatch
@@ -68,7 +69,7 @@ def heal_on_samples(folder: Path, pipe: Pipeline, samples: Samples, healing: Hea
     config = training_of(healing, "soap" if mini else LARGE_OPTIMIZER)
     student = load_transformer(folder / "transformer").to(pipe.device).train()
     student.gradient_checkpointing = not mini
-    distillation = Distillation(student, pipe.transformer, kept_of(folder)) if healing.distill else None
+    distillation = Distillation(student, pipe.transformer, recorded_kept(folder)) if healing.distill else None
     parameters = list(student.parameters())
     optimizer, average = make_optimizer(config, [{"params": parameters}]), Average(student, config.ema)
     with ExitStack() as undo:

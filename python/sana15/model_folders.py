@@ -12,10 +12,15 @@ import torch
 
 from .checkpoint import Weight, Weights, folder_weights, require_fit, weight_files, write_folder
 from .config import SanaConfig
-from .files import make_writable, open_tensors, read_json, rename_durably, staging
+from .files import DataError, make_writable, open_tensors, read_json, rename_durably, staging
 from .release import parameter_shapes
+from .values import is_finite, is_interval
 
+#: The mini model's pipeline folder, which comes with the package.
+MINI = Path(__file__).parent / "assets" / "mini"
+#: What a folder of ours says beside diffusers' files: `guidance`, `guidance_interval`, `growth`, `pruning`, `trained_steps`.
 SETTINGS = "sana15.json"
+GUIDANCE = 4.5  # of the published sizes
 #: A written checkpoint is cut into files of at most this many bytes, or of the source's largest file if that is more.
 SHARD_BYTES = 5_000_000_000
 
@@ -34,11 +39,7 @@ class ModelFolder:
     """
 
     def __init__(self, source: str | Path) -> None:
-        if str(source) == "mini":
-            from .pipeline import MINI
-
-            source = MINI
-        self.root = Path(source)
+        self.root = MINI if str(source) == "mini" else Path(source)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{source} is no folder")
         self.pipeline = (self.root / "transformer").is_dir()
@@ -53,7 +54,7 @@ class ModelFolder:
 
     def settings(self) -> dict[str, Any]:
         """The settings of its sana15.json; empty where there is none."""
-        return read_json(self.root / SETTINGS) if (self.root / SETTINGS).exists() else {}
+        return recorded(self.root)
 
     def check_target(self, target: Path) -> None:
         """ValueError for a target that exists or lies inside this folder."""
@@ -97,9 +98,7 @@ class ModelFolder:
             made = partial / "transformer"
             write_folder(config.to_dict(), weights, made, shard_bytes=shard_bytes)
             whole = partial if self.pipeline else made
-            if (whole / SETTINGS).exists():  # a copy of a read-only file would be read-only
-                (whole / SETTINGS).unlink()
-            (whole / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+            record(whole, settings)
             finished = finish(whole, made)
             self.check_target(target)  # another run may have been quicker
             rename_durably(finished, target)
@@ -117,3 +116,70 @@ def reopening(folder: Path) -> dict[str, Weight]:
         name: Weight(w.shape, w.dtype, lambda n=name: load(n))  # type: ignore[misc]
         for name, w in folder_weights(folder).items()
     }
+
+
+def pipeline_root(source: str | Path) -> Path:
+    """The folder that "mini" or a path names; FileNotFoundError for the mini model of an installation without it."""
+    if str(source) != "mini":
+        return Path(source)
+    if not (MINI / "transformer").is_dir():
+        raise FileNotFoundError(f"the mini model is not in this installation: {MINI} is missing; name a --model folder")
+    return MINI
+
+
+def recorded(root: Path) -> dict[str, Any]:
+    """The settings of a folder's sana15.json; empty where there is none."""
+    return read_json(root / SETTINGS) if (root / SETTINGS).exists() else {}
+
+
+def record(root: Path, settings: dict[str, Any]) -> None:
+    """Writes sana15.json into a folder that is not in its place yet."""
+    (root / SETTINGS).unlink(missing_ok=True)  # a copy of a read-only file would be read-only
+    (root / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def record_scheduler(root: Path, flow_shift: float) -> None:
+    """Writes the scheduler's configuration as diffusers reads it: Flow-DPM-Solver++ with this shift."""
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2,
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": flow_shift,
+    }  # fmt: skip
+    (root / "scheduler").mkdir(parents=True, exist_ok=True)
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+
+
+def recorded_guidance(root: Path) -> tuple[float, tuple[float, float]]:
+    """Scale and interval of guidance in the folder's sana15.json; the published sizes' where none is recorded."""
+    path, settings = root / SETTINGS, recorded(root)
+    scale, interval = settings.get("guidance", GUIDANCE), settings.get("guidance_interval", [0.0, 1.0])
+    if not is_finite(scale):
+        raise DataError(f"{path}: guidance must be a finite number, got {scale!r}")
+    if not is_interval(interval):
+        raise DataError(f"{path}: guidance_interval must be two numbers 0 <= low <= high <= 1, got {interval!r}")
+    return float(scale), (float(interval[0]), float(interval[1]))
+
+
+def recorded_kept(folder: Path) -> list[int]:
+    """The kept blocks in a pruned folder's sana15.json; DataError where there are none."""
+    pruning = recorded(folder).get("pruning")
+    kept = pruning.get("kept") if isinstance(pruning, dict) else None
+    if not isinstance(kept, list) or not all(type(i) is int for i in kept):
+        raise DataError(f"{folder / SETTINGS} does not say which blocks were kept")
+    return kept
+
+
+def recorded_map(folder: str | Path, layers: int) -> list[int | None]:
+    """The growth map in a folder's sana15.json; empty where none is recorded.
+
+    Raises:
+        DataError: it is not a map of `layers` blocks.
+    """
+    path = Path(folder) / SETTINGS
+    growth = recorded(Path(folder)).get("growth")
+    if growth is None:
+        return []
+    blocks = growth.get("map") if isinstance(growth, dict) else None
+    valid = isinstance(blocks, list) and all(b is None or (type(b) is int and b >= 0) for b in blocks)
+    if not isinstance(blocks, list) or not valid or len(blocks) != layers:
+        raise DataError(f"{path}: growth.map must name a source block or null for each of the {layers} blocks")
+    return blocks

@@ -12,34 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-import sana_ext
-
 from .files import DataError, replacing
-from .pipeline import Pipeline
-from .sampling import Item, Sampling
-
-
-def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, str]) -> dict[str, Any]:
-    """Everything that the picture of `item` follows from; `model` is pipe.identity()."""
-    height, width = pipe.picture_size(settings.height, settings.width)
-    guidance, interval = pipe.guidance_of(settings)
-    return {
-        "prompt": item.prompt,
-        "negative_prompt": settings.negative_prompt,
-        "seed": settings.seed,
-        "prompt_index": item.index,
-        "candidate": item.candidate,
-        "steps": settings.steps,
-        "sampler": pipe.sampler_of(settings),
-        "guidance": guidance,
-        "guidance_interval": list(interval),
-        "flow_shift": pipe.flow_shift,
-        "width": width,
-        "height": height,
-        "model": model["name"],
-        "model_sha256": model["sha256"],
-        "version": sana_ext.__version__,
-    }
 
 
 def parameters(values: dict[str, Any]) -> str:

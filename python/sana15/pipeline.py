@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+import sana_ext
+
+from . import flow
 from .autoencoder import Autoencoder
 from .config import SanaConfig
 from .files import DataError, read_json
-from .generator import PipelineGenerator
 from .guidance import GuidedVelocity, stack
 from .measuring import evaluating
 from .model import SanaTransformer
-from .sampling import Item, Sampling, Seed, is_finite, is_interval
+from .model_folders import GUIDANCE, pipeline_root, recorded_guidance
+from .sampling import Item, Sampling, Seed
 from .sampling import noise as noise  # of the public names here
 from .schedulers import SAMPLER, folder_sampler
 from .text import GemmaTextEncoder, MiniTextEncoder, TextEncoder
 
-MINI = Path(__file__).parent / "assets" / "mini"
 LARGEST = 4  # times the side that a model was made for
-GUIDANCE = 4.5  # of the published sizes
 
 
 class Pipeline:
@@ -59,11 +62,7 @@ class Pipeline:
         """
         from .transformer_checkpoint import load_transformer
 
-        if str(source) == "mini" and not (MINI / "transformer").is_dir():
-            raise FileNotFoundError(
-                f"the mini model is not in this installation: {MINI} is missing; name a --model folder"
-            )
-        root = MINI if str(source) == "mini" else Path(source)
+        root = pipeline_root(source)
         for part in ("transformer", "vae", "text_encoder"):
             if not (root / part).is_dir():
                 raise FileNotFoundError(f"{root / part} is missing: {source} is not a pipeline folder")
@@ -74,7 +73,12 @@ class Pipeline:
         transformer = load_transformer(root / "transformer", dtype=dtype)
         own = folder_sampler(root)
         pipe = Pipeline(
-            text, transformer, Autoencoder.load(root / "vae"), own.flow_shift, *_guidance(root), sampler=own.sampler
+            text,
+            transformer,
+            Autoencoder.load(root / "vae"),
+            own.flow_shift,
+            *recorded_guidance(root),
+            sampler=own.sampler,
         )
         config = transformer.config
         for what, given, needed in (
@@ -242,13 +246,112 @@ class Pipeline:
         return [Image.fromarray(v) for v in values]
 
 
-def _guidance(root: Path) -> tuple[float, tuple[float, float]]:
-    """Scale and interval of guidance in the folder's sana15.json; the published sizes' where none is recorded."""
-    path = root / "sana15.json"
-    recorded = read_json(path) if path.exists() else {}
-    scale, interval = recorded.get("guidance", GUIDANCE), recorded.get("guidance_interval", [0.0, 1.0])
-    if not is_finite(scale):
-        raise DataError(f"{path}: guidance must be a finite number, got {scale!r}")
-    if not is_interval(interval):
-        raise DataError(f"{path}: guidance_interval must be two numbers 0 <= low <= high <= 1, got {interval!r}")
-    return float(scale), (float(interval[0]), float(interval[1]))
+@dataclass(frozen=True)
+class FlowState:
+    """A batch of our pipeline between two steps."""
+
+    sampler: flow.SamplerState
+    velocity: GuidedVelocity
+
+
+class PipelineGenerator:
+    """sana15.Pipeline as a Generator. Pictures of another batch, also of what keep leaves of one, differ by rounding only.
+
+    The same calls give the same bits; Pipeline.__call__ is start and finish.
+
+    Raises:
+        ValueError: settings that the model cannot serve.
+    """
+
+    can_pause = True
+
+    def __init__(self, pipe: Pipeline, settings: Sampling) -> None:
+        if pipe.config.guidance_embeds:
+            raise ValueError("this is a Sprint model; its few-step sampler is not part of sana15")
+        self.pipe, self.settings = pipe, settings
+        self.shape = pipe.latent_shape(settings.height, settings.width)
+        self.plan = flow.schedule(settings.steps, sampler=pipe.sampler_of(settings), flow_shift=pipe.flow_shift)
+        self.steps = self.plan.steps
+        guidance, interval = pipe.guidance_of(settings)
+        self.guides = [flow.guidance_is_on(s, guidance, interval) for s in self.plan.sigmas[:-1]]
+        self.guidance = guidance if any(self.guides) else 1.0
+        self.check([])
+
+    def check(self, prompts: Sequence[str]) -> None:
+        self.pipe.text.check([*dict.fromkeys(prompts), self.settings.negative_prompt])
+
+    @cached_property
+    def _model(self) -> dict[str, str]:
+        return self.pipe.identity()
+
+    def identity(self) -> dict[str, Any]:
+        guidance, interval = self.pipe.guidance_of(self.settings)
+        settings = vars(self.settings) | {
+            "guidance": guidance, "guidance_interval": list(interval), "sampler": self.plan.sampler,
+        }  # fmt: skip
+        return {"model": self._model, "flow_shift": self.pipe.flow_shift} | settings
+
+    def describe(self, item: Item) -> dict[str, Any]:
+        return describe(self.pipe, self.settings, item, self._model)
+
+    def evaluations(self, first: int, last: int) -> int:
+        return sum(1 + guide for guide in self.guides[first:last])
+
+    @torch.no_grad()
+    def start(self, prompts: Sequence[str], seeds: Sequence[Seed]) -> FlowState:
+        if len(prompts) != len(seeds) or not prompts:
+            raise ValueError(f"{len(prompts)} prompts need as many seeds, at least one; got {len(seeds)}")
+        with evaluating(*self.pipe.parts):
+            velocity = self.pipe.guided_velocity(list(prompts), self.settings.negative_prompt, self.guidance)
+        noises = torch.stack([noise(*seed, self.shape) for seed in seeds])
+        return FlowState(flow.SamplerState(noises.to(self.pipe.device)), velocity)
+
+    @torch.no_grad()
+    def advance(self, state: FlowState, to_step: int) -> FlowState:
+        sampler, velocity = state.sampler, state.velocity
+        if not sampler.step <= to_step <= self.steps:
+            raise ValueError(f"to_step must be from {sampler.step} to {self.steps}, got {to_step}")
+        with evaluating(self.pipe.transformer):
+            while sampler.step < to_step and len(sampler.latents):
+                i = sampler.step
+                v = velocity(sampler.latents, self.plan.timesteps[i], self.guides[i])
+                sampler = flow.advance(sampler, v, self.plan)
+        return FlowState(sampler, velocity)
+
+    def preview(self, state: FlowState) -> list[Image.Image]:
+        if state.sampler.previous_x0 is None:
+            raise ValueError("there is no preview before the first step")
+        return self.pipe.decode(state.sampler.previous_x0)
+
+    def keep(self, state: FlowState, indices: Sequence[int]) -> FlowState:
+        B = len(state.sampler.latents)
+        if not all(0 <= i < B for i in indices):
+            raise ValueError(f"indices must be from 0 to {B - 1}, got {list(indices)}")
+        rows = torch.tensor(indices, dtype=torch.long, device=self.pipe.device)
+        return FlowState(state.sampler.keep(rows), state.velocity.keep(rows))
+
+    def finish(self, state: FlowState) -> list[Image.Image]:
+        return self.pipe.decode(self.advance(state, self.steps).sampler.latents)
+
+
+def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, str]) -> dict[str, Any]:
+    """Everything that the picture of `item` follows from; `model` is pipe.identity()."""
+    height, width = pipe.picture_size(settings.height, settings.width)
+    guidance, interval = pipe.guidance_of(settings)
+    return {
+        "prompt": item.prompt,
+        "negative_prompt": settings.negative_prompt,
+        "seed": settings.seed,
+        "prompt_index": item.index,
+        "candidate": item.candidate,
+        "steps": settings.steps,
+        "sampler": pipe.sampler_of(settings),
+        "guidance": guidance,
+        "guidance_interval": list(interval),
+        "flow_shift": pipe.flow_shift,
+        "width": width,
+        "height": height,
+        "model": model["name"],
+        "model_sha256": model["sha256"],
+        "version": sana_ext.__version__,
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,13 +17,9 @@ from .model import SanaTransformer
 from .pruning_choice import Choice
 from .sampling import check_training_seed
 from .trajectory import CalibrationBatch
+from .values import is_whole
 
 STRATEGIES = ("importance", "loss", "search", "learned", "indices")
-
-
-def is_whole(number: object) -> bool:
-    """An integer, Python's or numpy's."""
-    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 def check_keep(keep: int, layers: int) -> None:

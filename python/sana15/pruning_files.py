@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import parse_bytes, weights_sha256
+from .checkpoint import weights_sha256
 from .concurrency import claiming, require_one_process
 from .device import resolved
 from .files import DataError
@@ -24,6 +24,7 @@ from .pipeline import Pipeline
 from .pruning import check_keep, choose, pruned_config, strategy
 from .pruning_choice import Choice
 from .trajectory import CalibrationBatch, calibration, calibration_prompts
+from .values import parse_bytes
 
 
 @claiming(lambda given: given["target"], new=True)

@@ -14,8 +14,8 @@ from . import geneval
 from .concurrency import claiming
 from .device import resolved
 from .files import DataError
-from .pictures import describe, read_png, save_png
-from .pipeline import Pipeline
+from .pictures import read_png, save_png
+from .pipeline import Pipeline, describe
 from .sampling import Item, Sampling
 from .scenes.prompts import parse
 from .text import MiniTextEncoder

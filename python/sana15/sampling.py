@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .values import is_finite, is_interval
+
 
 class Seed(NamedTuple):
     """All that an image's noise follows from: the run's seed, the prompt's index in it, the candidate."""
@@ -65,15 +67,3 @@ class Sampling:
             raise ValueError(
                 f"guidance_interval must be 0 <= low <= high <= 1, got {' '.join(map(str, self.guidance_interval))}"
             )
-
-
-def is_finite(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 1e30  # also an integer too long for a float
-
-
-def is_interval(value: object) -> bool:
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(is_finite(v) for v in value):
-        return False
-    return 0 <= value[0] <= value[1] <= 1

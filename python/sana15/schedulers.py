@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import DataError, read_json
-from .sampling import is_finite
+from .values import is_finite
 
 #: Of folders that say nothing: SANA's own.
 SAMPLER, FLOW_SHIFT = "flow_dpm", 3.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from .config import SanaConfig
 from .data import Batch, SceneBatches
 from .distillation import Distillation, training_loss
 from .files import DTYPES
-from .growth_files import recorded_map
 from .growth_training import block_groups, block_multipliers
-from .healing import kept_of
 from .model import SanaTransformer
+from .model_folders import record, record_scheduler, recorded_kept, recorded_map
 from .pipeline import Pipeline
 from .scenes.checker import check
 from .scenes.prompts import word_list
@@ -100,7 +98,7 @@ class TransformerTask:
         if not c.start or c.compile:
             raise ValueError("transformer.distill needs a pruned transformer.start, and does not go with compile")
         teacher = load_transformer(Path(c.teacher) / "transformer").to(self.device)
-        return Distillation(model, teacher, kept_of(Path(c.start)))
+        return Distillation(model, teacher, recorded_kept(Path(c.start)))
 
     def _started(self, folder: Path) -> tuple[MiniTextEncoder, SanaTransformer]:
         """Both parts of a pipeline folder, and its growth map where it has one."""
@@ -179,16 +177,12 @@ class TransformerTask:
         save_transformer(self.module["transformer"], _made(folder) / "transformer", dtype=dtype)
         self.module["text"].save(folder / "text_encoder")
         copy.deepcopy(self.autoencoder.model).half().save_pretrained(folder / "vae")
-        scheduler = {
-            "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2,
-            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.config.flow_shift,
-        }  # fmt: skip
-        _made(folder / "scheduler").joinpath("scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+        record_scheduler(folder, self.config.flow_shift)
         settings = {
             "guidance": self.run.sample_guidance, "guidance_interval": self.run.sample_guidance_interval,
             "trained_steps": self.run.steps,
         }  # fmt: skip
-        folder.joinpath("sana15.json").write_text(json.dumps(settings, indent=2) + "\n")
+        record(folder, settings)
 
 
 def initialise(model: SanaTransformer) -> None:

@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> None:
     import yaml
 
     from .. import files
-    from ..checkpoint import parse_bytes
     from ..release import convert, needed_changes, parameter_shapes, read_release
     from ..train_config import parse_overrides
+    from ..values import parse_bytes
 
     dtype = files.DTYPES[args.dtype] if args.dtype else None
     shard_bytes = parse_bytes(args.shard_size) if args.shard_size else None

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..autoencoder import Autoencoder
-from ..pipeline import MINI
+from ..model_folders import MINI
 from ..scenes.checker import Verdict, check_batch
 from ..scenes.corrupt import KINDS, MALFORMED, malformed_picture, wrong_spec
 from ..scenes.prompts import parse, wording

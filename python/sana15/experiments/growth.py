@@ -25,7 +25,8 @@ from ..data import SceneBatches
 from ..files import staging
 from ..growth_files import grow_folder
 from ..model import SanaTransformer
-from ..pipeline import MINI, Pipeline
+from ..model_folders import MINI
+from ..pipeline import Pipeline
 from ..train import train
 from ..train_config import TrainConfig, TransformerConfig
 from ..train_tasks import initialise

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..pipeline import MINI
+from ..model_folders import MINI
 from ..train import train
 from ..train_config import load_config
 from .figure import axes_of

@@ -21,7 +21,8 @@ from ..config import SanaConfig
 from ..files import replacing
 from ..healing import DISTILL, LR, LR_LIMIT, PLAIN_PART, Healing
 from ..importance import Importance, block_importance
-from ..pipeline import MINI, Pipeline
+from ..model_folders import MINI
+from ..pipeline import Pipeline
 from ..pruning import STRATEGIES, choose
 from ..pruning_files import prune_folder
 from ..scenes.checker import check

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generator import PipelineGenerator
+from ..pipeline import PipelineGenerator
 from ..scaling.curve import OVERALL, Recorded, picked_worth, sets_of
 from ..scaling.policies import calibrate_stop, stopped
 from ..scores import Score, means

@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..generator import PipelineGenerator
 from ..geneval import read_prompts
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, PipelineGenerator
 from ..sampling import Sampling
 from ..scaling.curve import draw, markdown, picked_worth, read_run, scaling_curve
 from ..scaling.policies import POLICIES, Policy, stopped

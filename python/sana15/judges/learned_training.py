@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..autoencoder import Autoencoder
 from ..concurrency import claimed, require_one_process, using
-from ..pipeline import MINI
+from ..model_folders import MINI
 from ..scenes.corrupt import KINDS, MALFORMED, wrong_spec
 from ..scenes.render import render
 from ..scenes.scene import Object, Scene, pick, sample_scene, uniform

@@ -18,10 +18,10 @@ from ..concurrency import claimed_target, claiming
 from ..device import of_pipeline
 from ..files import DataError, read_json, write_durably
 from ..foreign import DiffusersGenerator
-from ..generator import Generator, PipelineGenerator
+from ..generator import Generator
 from ..geneval import picture_path, write_metadata
 from ..judges import Judge, JudgeFailed, Patient, Verdict, make
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, PipelineGenerator
 from ..redaction import redacted_values
 from ..sampling import Sampling
 from ..text import MiniTextEncoder
