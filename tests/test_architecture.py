@@ -23,7 +23,7 @@ HOME = {
     "model": "config model block depth text autoencoder model_folders transformer_checkpoint release position_table",
     "sampling": "flow sampling schedulers guidance generator pipeline foreign call_state",
     "growth": "growth growth_files growth_training",
-    "training": "train train_config train_checkpoints train_tasks text_task data distillation soap memory",
+    "training": "fit train train_config train_checkpoints train_tasks text_task data distillation soap memory",
     "evaluation": "geneval evaluate scores export detector sample",
     "pruning": "pruning pruning_choice pruning_files pruning_learned pruning_search importance importance_report trajectory healing "
     "healing_samples",
@@ -87,6 +87,16 @@ def test_sana15_takes_only_public_names_of_sana_ext(sana15):
 def test_sana_ext_knows_nothing_of_sana15(sana_ext):
     both = Tree(sana_ext.sources | {"sana15": ""}, sana_ext.packages)
     assert not [m for m in sana_ext.sources for name in both.imports(m) if name.split(".")[0] == "sana15"]
+
+
+def test_there_is_one_training_loop(sana15):
+    calls = [
+        module
+        for module, source in sana15.sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr == "backward"
+    ]
+    assert calls == ["sana15.fit"]
 
 
 def test_files_and_functions_are_short(sana15, sana_ext):

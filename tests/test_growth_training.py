@@ -210,7 +210,9 @@ def test_rates_of_copied_and_new_blocks(tmp_path):
     src = tiny_pipeline.make(tmp_path / "src")
     grow_folder(src, tmp_path / "big", layers=4, keep=2)
     options = [f"transformer.autoencoder={src / 'vae'}", f"transformer.start={tmp_path / 'big'}"]
-    task = TransformerTask(load_config(None, [*options, "transformer.old_lr=0.5", "transformer.new_lr=3"]), "cpu")
+    task = TransformerTask.of_config(
+        load_config(None, [*options, "transformer.old_lr=0.5", "transformer.new_lr=3"]), "cpu"
+    )
     rates = {name: group["lr_multiplier"] for group in task.groups() for name, _ in group["params"]}
     assert {n: rates[f"transformer.transformer_blocks.{n}.ff.conv_point.weight"] for n in range(4)} == {
         0: 0.5, 1: 0.5, 2: 3.0, 3: 3.0}  # fmt: skip

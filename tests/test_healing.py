@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import save_file
 
 import sana15
 from sana15 import flow as flow_of
-from sana15 import importance_report, pruning_files, pruning_search
+from sana15 import healing as healing_module
+from sana15 import importance_report, pruning_files, pruning_search, train_tasks, transformer_checkpoint
 from sana15 import train as training
+from sana15.autoencoder import Autoencoder
 from sana15.checkpoint import WEIGHTS, folder_weights
 from sana15.cli import main, parser
 from sana15.data import SceneBatches
@@ -24,6 +27,7 @@ from sana15.model_folders import MINI
 from sana15.pipeline import Pipeline
 from sana15.pruning_choice import Choice
 from sana15.pruning_files import prune_folder
+from sana15.text import MiniTextEncoder
 from sana15.train_config import load_config
 from sana15.train_tasks import TransformerTask
 from sana15.trajectory import calibration_prompts
@@ -95,14 +99,19 @@ def test_a_model_that_is_not_finite_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("distill", "flow"), [(10.0, 0.0), (0.0, 1.0)])
-def test_what_healing_asks_of_the_training_loop(tmp_path, monkeypatch, distill, flow):
+def test_what_healing_asks_of_training(tmp_path, monkeypatch, distill, flow):
     seen = []
-    original = training.train
-    monkeypatch.setattr(training, "train", lambda config: (seen.append(config), original(config))[1])
+    original = train_tasks.TransformerTask
+
+    def watched(config, *others, distillation):
+        seen.append((config, distillation))
+        return original(config, *others, distillation=distillation)
+
+    monkeypatch.setattr(train_tasks, "TransformerTask", watched)
     prune_folder("mini", tmp_path / "out", indices=KEPT, heal=Healing(steps=1, batch_size=2, noises=3, distill=distill))
-    (config,) = seen
+    ((config, distillation),) = seen
     c = config.transformer
-    assert (c.distill, c.flow_weight, bool(c.teacher)) == (distill, flow, distill > 0)
+    assert (c.distill, c.flow_weight, distillation is not None) == (distill, flow, distill > 0)
     assert (c.noises, c.stratified, c.caption_drop, config.precision) == (3, True, 0.25, "bf16")
     assert (config.optimizer, config.schedule, config.decay_part) == ("soap", "decay", 0.3)
     assert (config.warmup, config.ema) == (1, 0.9)
@@ -117,7 +126,7 @@ def test_the_loss_of_several_noise_levels_a_picture(tmp_path, flow):
     options = [f"transformer.{k}={v}" for k, v in {
         "autoencoder": MINI / "vae", "start": tmp_path / "small", "teacher": MINI, "distill": 3, "flow_weight": flow,
         "noises": 2, "caption_drop": 0, "stratified": True}.items()]  # fmt: skip
-    task = TransformerTask(load_config(None, options), "cpu")
+    task = TransformerTask.of_config(load_config(None, options), "cpu")
     seen = []
     task.module["transformer"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     batch = SceneBatches(0, 3, 1)[0]
@@ -250,18 +259,46 @@ def test_counterparts_are_the_best_of_all():
 
 def test_the_text_encoder_is_not_trained_along(tmp_path, monkeypatch):
     """The target keeps its own: a transformer trained together with another would not fit."""
-    original = training.train
+    pipe, seen = Pipeline.from_pretrained("mini"), []
+    before = {name: value.clone() for name, value in pipe.text.state_dict().items()}
+    original = healing_module.fit
 
-    def watched(config):
-        made = original(config)
-        assert same(text_weights(made), text_weights(MINI))
-        return made
+    def watched(loss, parameters, *others, **options):
+        seen.append(sum(p.numel() for p in parameters))
+        return original(loss, parameters, *others, **options)
 
-    def text_weights(folder):
-        return Pipeline.from_pretrained(folder).text.state_dict()
-
-    monkeypatch.setattr(training, "train", watched)
+    monkeypatch.setattr(healing_module, "fit", watched)
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *args, **options: pipe)
     prune_folder("mini", tmp_path / "out", by="indices", indices=KEPT, heal=QUICK)
+    assert seen == [sum(w.numel() for w in load_transformer(tmp_path / "out" / "transformer").parameters())]
+    assert same(pipe.text.state_dict(), before)
+
+
+@pytest.mark.parametrize("data", ["scenes", "samples"])
+def test_every_part_is_loaded_once(tmp_path, monkeypatch, data):
+    """The pipeline, the transformer of source and target, the autoencoder, the text encoder; nothing of training is written."""
+    loads, written = Counter(), []
+
+    def counting(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **options):
+            loads[owner.__name__.split(".")[-1]] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, staticmethod(counted) if isinstance(owner, type) else counted)
+
+    for owner in (Pipeline, Autoencoder, MiniTextEncoder):
+        counting(owner, "from_pretrained" if owner is Pipeline else "load")
+    weights = transformer_checkpoint.load_weights
+    monkeypatch.setattr(
+        transformer_checkpoint, "load_weights", lambda *a: (loads.update(transformer=1), weights(*a))[1]
+    )
+    monkeypatch.setattr(training, "save", lambda *args: written.append(args))
+    heal = replace(QUICK, data=data)
+    prune_folder("mini", tmp_path / "out", indices=KEPT, count=2, sampling_steps=1, heal=heal)
+    assert loads == {"Pipeline": 1, "transformer": 2, "Autoencoder": 1, "MiniTextEncoder": 1}
+    assert not written
 
 
 def test_an_interrupted_healing_leaves_nothing(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from sana15 import healing_samples, pruning_files, train
 from sana15.checkpoint import folder_weights
 from sana15.cli import main
 from sana15.distillation import Distillation
+from sana15.fit import Average
 from sana15.healing import Healing
 from sana15.healing_samples import Samples, heal_on_samples
 from sana15.importance import Importance
@@ -134,12 +135,10 @@ def test_it_learns(tmp_path, distill):
 def test_what_the_loss_is_and_what_is_written(tmp_path, monkeypatch, distill, flow):
     """The schedule's rates on the loss that scenes get, and of the weights their average is written."""
     asked, rates, averages = [], [], []
-    loss, rate, swap = healing_samples.training_loss, train.learning_rate, train.Average.swap
+    loss, rate, swap = healing_samples.training_loss, train.learning_rate, Average.swap
     monkeypatch.setattr(healing_samples, "training_loss", lambda *a, **kw: (asked.append(kw), loss(*a, **kw))[1])
     monkeypatch.setattr(train, "learning_rate", lambda config, step: (rates.append(rate(config, step)), rates[-1])[1])
-    monkeypatch.setattr(
-        train.Average, "swap", lambda self, module: (averages.append((self.decay, self.values)), swap(self, module))[1]
-    )
+    monkeypatch.setattr(Average, "swap", lambda self: (averages.append((self.decay, self.values)), swap(self))[1])
     healing = Healing(steps=10, lr=1e-3, batch_size=1, noises=2, distill=distill, data="samples")
     prune_folder("mini", tmp_path / "out", indices=KEPT, count=2, sampling_steps=2, heal=healing)
     shift = Pipeline.from_pretrained("mini").flow_shift

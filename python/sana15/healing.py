@@ -5,25 +5,29 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from . import flow
 from .checkpoint import folder_weights
 from .concurrency import require_one_process
-from .distillation import counterparts
-from .files import DTYPES, replace_folder
+from .distillation import Distillation, counterparts
+from .files import DTYPES, DataError, require_finite
+from .fit import Average, Loss, fit
 from .model import SanaTransformer
-from .model_folders import ModelFolder, recorded_kept
+from .model_folders import recorded_kept
+from .pipeline import Pipeline
 from .sampling import check_training_seed
 from .train_config import TrainConfig
 from .trajectory import CalibrationBatch
+from .transformer_checkpoint import load_transformer, save_transformer
 
 STEPS = 100  # the paper's
 BATCH = 64  # of the mini model; of others LARGE_BATCH
@@ -69,8 +73,8 @@ def flow_steps(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99))
     trained = [p for group in parameters for p in group["params"]]
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         if before is not None:
             before(step, generator)
         batch = batches[order[step % len(order)]]
@@ -78,16 +82,12 @@ def flow_steps(
         noise = torch.randn(batch.x0.shape, generator=generator).to(device)
         sigma = flow.sample_sigmas(len(batch), generator, flow_shift=flow_shift).to(device)
 
-        def velocity(x: torch.Tensor, t: torch.Tensor, batch: CalibrationBatch = batch) -> torch.Tensor:
-            return model(x.to(dtype), batch.text.to(dtype), t * timestep_scale, batch.mask)  # noqa: B023, used before the next step
+        def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return model(x.to(dtype), batch.text.to(dtype), t * timestep_scale, batch.mask)
 
-        loss = flow.loss(velocity, batch.x0, noise, sigma).mean()
-        if not loss.isfinite():
-            raise ValueError(f"the loss of healing is {loss.item()} at step {step + 1}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return flow.loss(velocity, batch.x0, noise, sigma).mean()
+
+    fit(loss, trained, optimizer, range(steps), seed=seed)
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ class Healing:
 
     def of_model(self, text: Any) -> Healing:
         """With `data` and `batch_size` for a pipeline with this text encoder; ValueError for scenes that its words do not tell of."""
-        from .text import MiniTextEncoder
+        from .text import is_mini
 
-        mini = isinstance(text, MiniTextEncoder)
+        mini = is_mini(text)
         if self.data == "scenes" and not mini:
             raise ValueError(
                 "only a model with the mini text encoder can be healed on rendered scenes; others on samples"
@@ -155,34 +155,73 @@ class Healing:
         return replace(self, lr=rate if self.distill else PLAIN_PART * rate)
 
 
-def heal_on_scenes(folder: Path, teacher: Path, healing: Healing, device: str = "auto") -> None:
-    """Trains the transformer of a pruned pipeline folder on rendered scenes, in place, by the loop of sana15 train.
-
-    The text encoder stays as it is. The run is written into a folder beside, which is removed.
+def heal_on_scenes(folder: Path, pipe: Pipeline, healing: Healing) -> None:
+    """Trains the transformer of a pruned pipeline folder on rendered scenes, in place and on the source's device.
 
     Args:
-        folder: with the mini model's text encoder, its sana15.json says which blocks were kept.
-        teacher: the pipeline folder that it was pruned from.
-        device: auto, cpu or cuda.
-    """
-    from .pipeline import Pipeline
-    from .train import train
-    from .train_config import TransformerConfig
+        folder: its sana15.json says which blocks were kept.
+        pipe: the source, with the mini text encoder, which stays as it is; its transformer is the teacher.
+        healing: see Healing.of_model and for_kept, which have been asked.
 
-    pipe = Pipeline.from_pretrained(folder)
-    healing = healing.of_model(pipe.text).for_kept(recorded_kept(folder), ModelFolder(teacher).config.num_layers)
-    transformer = TransformerConfig(
-        autoencoder=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), start=str(folder),
-        flow_shift=pipe.flow_shift, teacher=str(teacher) if healing.distill else "", distill=healing.distill,
-        flow_weight=0.0 if healing.distill else 1.0, noises=healing.noises, stratified=True, caption_drop=CAPTION_DROP,
-        export=dtype_name(folder / "transformer"),
+    Raises:
+        DataError: the loss or a healed weight is not finite; the folder stays as it was. ValueError: a launcher started
+            several processes.
+    """
+    from .data import scene_batches
+    from .train_config import TransformerConfig
+    from .train_tasks import TransformerTask
+
+    require_one_process("healing")
+    config = training_of(healing, "soap", transformer=TransformerConfig(
+        flow_shift=pipe.flow_shift, noises=healing.noises, stratified=True, caption_drop=CAPTION_DROP,
+        distill=healing.distill, flow_weight=0.0 if healing.distill else 1.0,
+    ))  # fmt: skip
+    batches = scene_batches(config.seed, config.batch_size, 0, config.steps, config.workers)
+    text = copy.deepcopy(pipe.text).requires_grad_(False)  # type: ignore[attr-defined]
+    with learner(folder, pipe, healing) as (student, distillation):
+        device = pipe.device.type
+        task = TransformerTask(config, device, text, student, pipe.autoencoder, distillation=distillation)
+        heal(folder, student, config, lambda step, generator: task.loss(next(batches), generator), DataError)
+
+
+@contextmanager
+def learner(folder: Path, pipe: Pipeline, healing: Healing) -> Iterator[tuple[SanaTransformer, Distillation | None]]:
+    """A pruned folder's transformer in training mode, on the device of its source, and its distillation where it has one."""
+    student = load_transformer(folder / "transformer").to(pipe.device).train()
+    if not healing.distill:
+        yield student, None
+        return
+    distillation = Distillation(student, pipe.transformer, recorded_kept(folder))
+    try:
+        yield student, distillation
+    finally:
+        distillation.close()  # the source is the caller's
+
+
+def heal(folder: Path, student: SanaTransformer, config: TrainConfig, loss: Loss, not_finite: type[ValueError]) -> None:
+    """Trains a pruned folder's transformer and puts the average of its weights, in their dtype, in the folder's place for it.
+
+    Args:
+        loss: under bf16 autocast. not_finite: what is raised where it is not finite.
+    """
+    from .train import learning_rate, make_optimizer
+
+    device = student.proj_out.weight.device.type
+    parameters = list(student.parameters())
+    optimizer, average = make_optimizer(config, [{"params": parameters}]), Average(student, config.ema)
+
+    def in_bf16(step: int, generator: torch.Generator) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return loss(step, generator)
+
+    fit(
+        in_bf16, parameters, optimizer, tqdm(range(config.steps), desc="healing", unit="step", disable=None),
+        seed=config.seed, rate=lambda step: learning_rate(config, step), clip=config.grad_clip, average=average,
+        not_finite=not_finite,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=folder, prefix="healing-") as run:
-        made = train(training_of(
-            healing, "soap", out=run, device=device, save_every=healing.steps, keep=1, sample_every=healing.steps + 1,
-            sample_steps=1, transformer=transformer,
-        ))  # fmt: skip
-        replace_folder(made / "transformer", folder / "transformer")
+    average.swap()
+    require_finite(student.state_dict(), f"after {config.steps} steps of healing", "the healed model is not written")
+    save_transformer(student, folder / "transformer", dtype=DTYPES[dtype_name(folder / "transformer")])
 
 
 def training_of(healing: Healing, optimizer: str, **others: Any) -> TrainConfig:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .concurrency import require_one_process
-from .distillation import Distillation, training_loss
-from .files import DTYPES, require_finite
-from .growth_training import set_learning_rates
-from .healing import CAPTION_DROP, LARGE_OPTIMIZER, Healing, dtype_name, training_of
+from .distillation import training_loss
+from .healing import CAPTION_DROP, LARGE_OPTIMIZER, Healing, heal, learner, training_of
 from .measuring import evaluating
-from .model_folders import recorded_kept
 from .pipeline import Pipeline
-from .text import MiniTextEncoder
+from .text import is_mini
 from .trajectory import CalibrationBatch
-from .transformer_checkpoint import load_transformer, save_transformer
 
 
 @dataclass
@@ -62,47 +56,25 @@ def heal_on_samples(folder: Path, pipe: Pipeline, samples: Samples, healing: Hea
         ValueError: the loss is not finite, or a healed weight is not (DataError); the folder stays as it was. Or a launcher
             started several processes.
     """
-    from .train import Average, learning_rate, make_optimizer
-
     require_one_process("healing")
-    mini = isinstance(pipe.text, MiniTextEncoder)
+    mini = is_mini(pipe.text)
     config = training_of(healing, "soap" if mini else LARGE_OPTIMIZER)
-    student = load_transformer(folder / "transformer").to(pipe.device).train()
-    student.gradient_checkpointing = not mini
-    distillation = Distillation(student, pipe.transformer, recorded_kept(folder)) if healing.distill else None
-    parameters = list(student.parameters())
-    optimizer, average = make_optimizer(config, [{"params": parameters}]), Average(student, config.ema)
-    with ExitStack() as undo:
-        if distillation is not None:
-            undo.callback(distillation.close)  # the source is the caller's
+    with learner(folder, pipe, healing) as (student, distillation):
+        student.gradient_checkpointing = not mini
         batches = _Batches(pipe, samples, config.batch_size, healing.noises)
-        for step in tqdm(range(config.steps), desc="healing", unit="step", disable=None):
-            rate = learning_rate(config, step)
-            set_learning_rates(optimizer, rate, step)
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+
+        def loss(step: int, generator: torch.Generator) -> torch.Tensor:
             x0, text, mask = batches.draw(generator)
 
-            def denoise(
-                x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text, mask: torch.Tensor = mask
-            ) -> torch.Tensor:
+            def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
                 return student(x, text, t * pipe.config.timestep_scale, mask)
 
-            with torch.autocast(pipe.device.type, torch.bfloat16):
-                loss = training_loss(
-                    denoise, x0, generator, flow_shift=pipe.flow_shift, stratified=True,
-                    flow_weight=0.0 if healing.distill else 1.0, distillation=distillation, distill=healing.distill,
-                )  # fmt: skip
-            if not loss.isfinite():
-                raise ValueError(f"the loss is {loss.item()} at step {step + 1}")
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(student, step)
-    average.swap(student)
-    require_finite(student.state_dict(), f"after {config.steps} steps of healing", "the healed model is not written")
-    dtype = DTYPES[dtype_name(folder / "transformer")]
-    save_transformer(student, folder / "transformer", dtype=dtype)
+            return training_loss(
+                denoise, x0, generator, flow_shift=pipe.flow_shift, stratified=True,
+                flow_weight=0.0 if healing.distill else 1.0, distillation=distillation, distill=healing.distill,
+            )  # fmt: skip
+
+        heal(folder, student, config, loss, ValueError)
 
 
 class _Batches:

@@ -125,7 +125,7 @@ def prune_folder(
             if sampling:
                 heal_on_samples(whole, pipe, samples, heal)
             else:
-                heal_on_scenes(whole, origin.root, heal, resolved(device))
+                heal_on_scenes(whole, pipe, heal)
         return whole
 
     if heal is not None:

@@ -18,7 +18,7 @@ from .pictures import read_png, save_png
 from .pipeline import Pipeline, describe
 from .sampling import Item, Sampling
 from .scenes.prompts import parse
-from .text import MiniTextEncoder
+from .text import is_mini
 
 # How many pictures are computed at once where --batch-size does not say: the mini model's and the published sizes'.
 BATCH_MINI, BATCH = 32, 1
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     missing = [item for item in items if not is_there(paths[item], described[item])]
     batch_size = args.batch_size
     if batch_size is None:
-        batch_size = BATCH_MINI if isinstance(pipe.text, MiniTextEncoder) else BATCH
+        batch_size = BATCH_MINI if is_mini(pipe.text) else BATCH
     with progress_bar("sampling") as progress:
         pictures = pipe.sample(missing, settings, batch_size=batch_size, callback=progress)
         # All arguments are checked by now: what comes next is the first thing that is written.
@@ -90,7 +90,7 @@ def checked(pipe: Pipeline, line: dict[str, Any], index: int, source: str | None
     try:
         if not prompt.strip():
             raise ValueError("the prompt is empty; try: a red circle")
-        if isinstance(pipe.text, MiniTextEncoder):
+        if is_mini(pipe.text):
             asked = parse(prompt).metadata(prompt)
             pipe.text.check([prompt])
             return line if "include" in line else asked

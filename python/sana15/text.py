@@ -183,3 +183,8 @@ def sinusoids(count: int, width: int) -> torch.Tensor:
     frequencies = 10_000.0 ** -(torch.arange(width // 2) / (width // 2))
     angles = torch.arange(count)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def is_mini(text: object) -> bool:
+    """Tells whether a pipeline's text encoder is the mini model's, which knows the words of rendered scenes and no others."""
+    return isinstance(text, MiniTextEncoder)

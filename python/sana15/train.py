@@ -1,4 +1,4 @@
-"""One resumable training loop for the autoencoder and the transformer of the mini model.
+"""Resumable runs of the training loop, for the autoencoder, the text encoder and the transformer of the mini model.
 
     sana15 train configs/mini_autoencoder.yaml
     sana15 train configs/mini.yaml
@@ -31,7 +31,7 @@ from .concurrency import claiming, require_one_process, using
 from .data import Batch, scene_batches
 from .device import resolved
 from .files import DataError, replace_folder, staging, sync_folder, write_durably
-from .growth_training import set_learning_rates
+from .fit import Average, fit, step_seed
 from .measuring import evaluating, unchanged
 from .soap import SOAP
 from .train_checkpoints import checkpoints, remove_old, require_free, resume, save, take_over
@@ -53,35 +53,6 @@ class Task(Protocol):
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups."""
         ...
-
-
-class Average:
-    """Exponential moving average of the weights; the decay ramps up so that the first steps are forgotten."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = {k: v.detach().clone() for k, v in module.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        state = module.state_dict()
-        torch._foreach_lerp_(list(self.values.values()), [state[k] for k in self.values], 1 - decay)
-
-    def swap(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """Puts the averaged weights into the module; returns the ones that were there."""
-        before = {k: v.detach().clone() for k, v in module.state_dict().items()}
-        module.load_state_dict(self.values)
-        return before
-
-    @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """The averaged weights are in the module; afterwards its own are."""
-        before = self.swap(module)
-        try:
-            yield
-        finally:
-            module.load_state_dict(before)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -128,47 +99,43 @@ def train(config: TrainConfig) -> Path:
     if first and sample_is_due(config, first) and not log.has_sample:  # killed between checkpoint and sample
         sample(first)
     bar = tqdm(total=config.steps, initial=first, desc=config.task, unit="step", disable=None)
-    begin, seen = time.perf_counter(), 0
-    total = torch.zeros((), device=device)
-    for batch in scene_batches(config.seed, config.batch_size, first, config.steps, config.workers):
-        step = batch.step
-        set_learning_rates(optimizer, learning_rate(config, step), step)
-        own_seed = config.seed * 1_000_003 + step
-        generator = torch.Generator().manual_seed(own_seed)
+    batches = scene_batches(config.seed, config.batch_size, first, config.steps, config.workers)
+    meter = _Meter(device)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+            return task.loss(next(batches), generator)
+
+    @contextmanager
+    def own_draws(step: int) -> Iterator[None]:
+        """Of a module that draws, such as dropout, also where the backward pass computes again: a resumed run draws the same."""
         with using(torch.default_generator):
-            torch.manual_seed(own_seed)  # of a module that draws, such as dropout: a resumed run draws the same
-            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = task.loss(batch, generator)
-            loss.backward()  # draws again where activations are computed again
-        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(task.module, step)
-        total += loss.detach()
-        seen += 1
+            torch.manual_seed(step_seed(config.seed, step))
+            yield
+
+    def done(step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        meter.add(loss)
         bar.update()
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            rate = seen * config.batch_size / (time.perf_counter() - begin)
-            values = {
-                "loss": total.item() / seen,
-                "lr": learning_rate(config, step),
-                "grad_norm": norm.item(),
-                "images_per_s": rate,
-            }
-            if not math.isfinite(values["loss"]):
-                raise DataError(f"the loss is {values['loss']} at step {done}")
-            log.write(done, values)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.1e}", imgs=f"{rate:.0f}/s")
-            begin, seen = time.perf_counter(), 0
-            total.zero_()
-        if save_is_due(config, done):
+        step += 1
+        if step % config.log_every == 0 or step == config.steps:
+            mean, speed = meter.read(config.batch_size)
+            if not math.isfinite(mean):
+                raise DataError(f"the loss is {mean} at step {step}")
+            rate = learning_rate(config, step - 1)
+            log.write(step, {"loss": mean, "lr": rate, "grad_norm": norm.item(), "images_per_s": speed})
+            bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.1e}", imgs=f"{speed:.0f}/s")
+        if save_is_due(config, step):
             log.sync()
-            save(out, done, task.module, average.values, optimizer, config.keep)
-        if sample_is_due(config, done):
-            paused = time.perf_counter()
-            sample(done)
-            begin += time.perf_counter() - paused  # images_per_s is training's alone
+            save(out, step, task.module, average.values, optimizer, config.keep)
+        if sample_is_due(config, step):
+            with meter.paused():
+                sample(step)
+
+    fit(
+        loss, parameters, optimizer, range(first, config.steps), seed=config.seed,
+        rate=lambda step: learning_rate(config, step), clip=config.grad_clip, average=average, around=own_draws,
+        not_finite=None, done=done,
+    )  # fmt: skip
     bar.close()
     log.close()
     export(task, average, out / "export")
@@ -211,18 +178,44 @@ def make_optimizer(config: TrainConfig, parameters: list[dict[str, Any]]) -> tor
     return sana_ext.optim.CAME8bit(parameters, **shared)
 
 
+class _Meter:
+    """The mean loss since the last reading, and the images per second, pauses not counted. It reads the device at readings only."""
+
+    def __init__(self, device: str) -> None:
+        self.total = torch.zeros((), device=device)
+        self.steps, self.begin = 0, time.perf_counter()
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.total += loss
+        self.steps += 1
+
+    def read(self, images: int) -> tuple[float, float]:
+        """(mean loss, images per second), with so many images a step."""
+        speed = self.steps * images / (time.perf_counter() - self.begin)
+        mean = self.total.item() / self.steps
+        self.total.zero_()
+        self.steps, self.begin = 0, time.perf_counter()
+        return mean, speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
+
+
 def _task(config: TrainConfig, device: str) -> Task:
     from .text_task import TextTask
     from .train_tasks import AutoencoderTask, TransformerTask
 
     tasks: dict[str, Callable[[TrainConfig, str], Task]]
-    tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "transformer": TransformerTask}
+    tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "transformer": TransformerTask.of_config}
     return tasks[config.task](config, device)
 
 
 def _with_average(task: Task, average: Average, action: Callable[[], Any]) -> Any:
     """Runs `action` with the averaged weights in the module, in eval mode; the training after it does not notice."""
-    with torch.no_grad(), unchanged(), average.applied(task.module), evaluating(task.module):
+    with torch.no_grad(), unchanged(), average.applied(), evaluating(task.module):
         return action()
 
 

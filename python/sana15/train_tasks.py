@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .scenes.checker import check
 from .scenes.prompts import word_list
 from .scenes.testset import load as test_set
 from .text import MiniTextEncoder
-from .train_config import TrainConfig
+from .train_config import TrainConfig, TransformerConfig
 from .transformer_checkpoint import load_transformer, save_transformer
 
 VALIDATION_SEED = 10_000_019  # pictures that training never renders
@@ -71,47 +72,41 @@ class AutoencoderTask:
 class TransformerTask:
     """Flow matching on the latents of rendered scenes, with a trained text encoder or one that is trained along."""
 
-    def __init__(self, config: TrainConfig, device: str) -> None:
-        self.config, self.device, self.run = config.transformer, device, config
-        if not self.config.autoencoder:
+    def __init__(
+        self,
+        run: TrainConfig,
+        device: str,
+        text: MiniTextEncoder,
+        transformer: SanaTransformer,
+        autoencoder: Autoencoder,
+        *,
+        growth_map: Sequence[int | None] = (),
+        distillation: Distillation | None = None,
+    ) -> None:
+        self.config, self.device, self.run = run.transformer, device, run
+        self.autoencoder, self.growth_map, self.distillation = autoencoder, list(growth_map), distillation
+        self.module: Any = nn.ModuleDict({"text": text, "transformer": transformer}).to(device)
+        self.denoise = torch.compile(transformer) if self.config.compile else transformer
+
+    @staticmethod
+    def of_config(run: TrainConfig, device: str) -> TransformerTask:
+        """The task that a configuration describes, its parts loaded or initialised."""
+        c = run.transformer
+        if not c.autoencoder:
             raise ValueError("transformer.autoencoder must name the folder of a trained autoencoder")
-        self.autoencoder = Autoencoder.load(self.config.autoencoder).requires_grad_(False).to(device)
-        self.growth_map: list[int | None] = []
-        if self.config.start:
-            text, model = self._started(Path(self.config.start))
+        autoencoder = Autoencoder.load(c.autoencoder).requires_grad_(False).to(device)
+        growth_map: list[int | None] = []
+        if c.start:
+            text, model, growth_map = _started(run, autoencoder.channels)
         else:
-            text = self._text_encoder()
-            sizes = {"caption_channels": text.width, "in_channels": self.autoencoder.channels}
-            model = SanaTransformer(SanaConfig.named(self.config.size, out_channels=self.autoencoder.channels, **sizes))
+            text = _text_encoder(run)
+            sizes = {"caption_channels": text.width, "in_channels": autoencoder.channels}
+            model = SanaTransformer(SanaConfig.named(c.size, out_channels=autoencoder.channels, **sizes))
             initialise(model)
-        model.gradient_checkpointing = self.config.gradient_checkpointing
-        self.module: Any = nn.ModuleDict({"text": text, "transformer": model}).to(device)
-        self.denoise = torch.compile(model) if self.config.compile else model
-        self.distillation = self._distillation(model)
-
-    def _distillation(self, model: SanaTransformer) -> Distillation | None:
-        c = self.config
-        if (c.distill > 0) != bool(c.teacher):
-            raise ValueError("transformer.teacher and a transformer.distill above 0 belong together")
-        if not c.teacher:
-            return None
-        if not c.start or c.compile:
-            raise ValueError("transformer.distill needs a pruned transformer.start, and does not go with compile")
-        teacher = load_transformer(Path(c.teacher) / "transformer").to(self.device)
-        return Distillation(model, teacher, recorded_kept(Path(c.start)))
-
-    def _started(self, folder: Path) -> tuple[MiniTextEncoder, SanaTransformer]:
-        """Both parts of a pipeline folder, and its growth map where it has one."""
-        text = self._text_encoder() if self.config.text_encoder else MiniTextEncoder.load(folder / "text_encoder")
-        model = load_transformer(folder / "transformer")
-        if model.config.in_channels != self.autoencoder.channels:
-            raise ValueError(
-                f"{folder} has {model.config.in_channels} latent channels, the autoencoder {self.autoencoder.channels}"
-            )
-        self.growth_map = recorded_map(folder, model.config.num_layers)
-        if not self.config.text_encoder:
-            text.train()  # with the transformer; a given one stays as it is, in its mode too
-        return text, model.train()
+        model.gradient_checkpointing = c.gradient_checkpointing
+        text, model = text.to(device), model.to(device)
+        distillation = _distillation(c, model, device)
+        return TransformerTask(run, device, text, model, autoencoder, growth_map=growth_map, distillation=distillation)
 
     def groups(self) -> list[dict[str, Any]]:
         c = self.config
@@ -127,12 +122,6 @@ class TransformerTask:
             raise ValueError(f"transformer.block_lr must have one number for each of the {layers} blocks")
         trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
         return block_groups(trained, rates, self.growth_map, c.freeze_old)
-
-    def _text_encoder(self) -> MiniTextEncoder:
-        if self.config.text_encoder:
-            return MiniTextEncoder.load(self.config.text_encoder).requires_grad_(False)
-        sizes = self.run.text
-        return MiniTextEncoder(list(word_list()), sizes.width, sizes.heads, sizes.passes)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         c = self.config
@@ -183,6 +172,35 @@ class TransformerTask:
             "trained_steps": self.run.steps,
         }  # fmt: skip
         record(folder, settings)
+
+
+def _distillation(c: TransformerConfig, model: SanaTransformer, device: str) -> Distillation | None:
+    if (c.distill > 0) != bool(c.teacher):
+        raise ValueError("transformer.teacher and a transformer.distill above 0 belong together")
+    if not c.teacher:
+        return None
+    if not c.start or c.compile:
+        raise ValueError("transformer.distill needs a pruned transformer.start, and does not go with compile")
+    teacher = load_transformer(Path(c.teacher) / "transformer").to(device)
+    return Distillation(model, teacher, recorded_kept(Path(c.start)))
+
+
+def _started(run: TrainConfig, channels: int) -> tuple[MiniTextEncoder, SanaTransformer, list[int | None]]:
+    """Both parts of the pipeline folder to start from, and its growth map where it has one."""
+    folder, given = Path(run.transformer.start), bool(run.transformer.text_encoder)
+    text = _text_encoder(run) if given else MiniTextEncoder.load(folder / "text_encoder")
+    model = load_transformer(folder / "transformer")
+    if model.config.in_channels != channels:
+        raise ValueError(f"{folder} has {model.config.in_channels} latent channels, the autoencoder {channels}")
+    if not given:
+        text.train()  # with the transformer; a given one stays as it is, in its mode too
+    return text, model.train(), recorded_map(folder, model.config.num_layers)
+
+
+def _text_encoder(run: TrainConfig) -> MiniTextEncoder:
+    if run.transformer.text_encoder:
+        return MiniTextEncoder.load(run.transformer.text_encoder).requires_grad_(False)
+    return MiniTextEncoder(list(word_list()), run.text.width, run.text.heads, run.text.passes)
 
 
 def initialise(model: SanaTransformer) -> None:

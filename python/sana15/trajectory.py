@@ -12,7 +12,7 @@ import torch
 from . import flow
 from .measuring import evaluating
 from .pipeline import Pipeline, Sampling, noise
-from .text import MiniTextEncoder
+from .text import is_mini
 
 #: Candidate numbers of the fresh noise for the loss: no picture that anyone samples has them.
 FRESH = 1_000_003
@@ -164,7 +164,7 @@ def calibration_prompts(pipe: Pipeline, source: str | None, count: int, seed: in
         raise ValueError(f"the number of calibration prompts must be at least 1, got {count}")
     if source is not None:
         return [line["prompt"] for line in geneval.read_prompts(source)][:count]
-    if not isinstance(pipe.text, MiniTextEncoder):
+    if not is_mini(pipe.text):
         raise ValueError(
             "name a file of calibration prompts with --prompts: only the mini model has prompts of its own"
         )

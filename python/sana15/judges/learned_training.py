@@ -15,12 +15,12 @@ from random import Random
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss
 from tqdm import tqdm
 
 from ..autoencoder import Autoencoder
 from ..concurrency import claimed, require_one_process, using
+from ..fit import fit
 from ..model_folders import MINI
 from ..scenes.corrupt import KINDS, MALFORMED, wrong_spec
 from ..scenes.render import render
@@ -139,22 +139,17 @@ def train(
         network = Detector(width, blocks)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
     warm_up = max(steps // 20, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1)))
-    )
     through = Autoencoder.load(autoencoder) if autoencoder else None
-    for step in range(steps):
+
+    def error(step: int, generator: torch.Generator) -> torch.Tensor:
         pictures, target, weight = batch(seed, step, batch_size, through)
-        error = loss(network(pictures), target, weight)
-        if not torch.isfinite(error):
-            raise ValueError(f"the loss of step {step} is {error.item()}")
-        optimizer.zero_grad()
-        error.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if report is not None:
-            report(step, error.item())
+        return loss(network(pictures), target, weight)
+
+    fit(
+        error, list(network.parameters()), optimizer, range(steps),
+        rate=lambda step: lr * min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))),
+        done=None if report is None else lambda step, error, norm: report(step, error.item()),
+    )  # fmt: skip
     about = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "pictures": steps * batch_size}
     return LearnedJudge(network, training=about)
 

@@ -24,7 +24,7 @@ from ..judges import Judge, JudgeFailed, Patient, Verdict, make
 from ..pipeline import Pipeline, PipelineGenerator
 from ..redaction import redacted_values
 from ..sampling import Sampling
-from ..text import MiniTextEncoder
+from ..text import is_mini
 from .ledger import Ledger
 from .policies import POLICIES
 from .prompt import PromptSearch, Spent
@@ -139,7 +139,7 @@ def search(
     lines = [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
     _check(generator, judges, lines, n, pick, policy, budget, stop_at, shard)
     if batch_size is None:
-        batch_size = BATCH_MINI if isinstance(pipe, Pipeline) and isinstance(pipe.text, MiniTextEncoder) else BATCH
+        batch_size = BATCH_MINI if isinstance(pipe, Pipeline) and is_mini(pipe.text) else BATCH
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     root = Path(out)
