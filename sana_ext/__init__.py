@@ -18,7 +18,7 @@ from .ops import (
     norm_modulate,
     residual_norm_modulate,
 )
-from .patch import patch, unpatch
+from .patching import patch, unpatch
 
 __version__ = "0.1.0"
 

@@ -44,10 +44,10 @@ def seeded():
 @pytest.fixture
 def fused_parts(monkeypatch):
     """Where a kernel is not compiled, its op's PyTorch kernel stands in: the fused path is tested everywhere."""
-    from sana_ext import _guards
+    from sana_ext.patching import guards
 
-    every = {("cpu", gradients): tuple(_guards.KERNELS) for gradients in (False, True)}
-    monkeypatch.setattr(_guards, "find_kernels", lambda: _guards.compiled_parts.update(every))
+    every = {("cpu", gradients): tuple(guards.KERNELS) for gradients in (False, True)}
+    monkeypatch.setattr(guards, "find_kernels", lambda: guards.compiled_parts.update(every))
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ LONG = {
     "sana15.scaling.search.search": "the loop of a search with its set-up",
 }
 EXCEPTIONS_AT_MOST = 2
+SANA_EXT_ROOMS_AT_MOST = 12
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,11 @@ def test_no_circles(sana15, sana_ext):
 
 def test_imports_go_down(sana15):
     assert set(upward(sana15.arrows(), floors(sana15))) == UPWARD.keys()
+
+
+def test_sana_ext_has_few_rooms(sana_ext):
+    rooms = {rooms_of(module) for module in sana_ext.sources} - {"sana_ext", "sana_ext.__main__"}
+    assert len(rooms) <= SANA_EXT_ROOMS_AT_MOST, sorted(rooms)
 
 
 def test_homes_are_of_today(sana15):

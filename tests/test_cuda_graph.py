@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from weight_changes import CHANGES, adapter, edit
 
 import sana_ext
-from sana_ext import _cuda_graph
-from sana_ext._model import GRAPHS
+from sana_ext.patching import cuda_graph as graphs
+from sana_ext.patching.keeping import GRAPHS
 
 pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread", "recorded")
 
@@ -45,8 +45,8 @@ class Recording:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(_cuda_graph, "DEVICE", "cpu")
-    monkeypatch.setattr(_cuda_graph, "capture", Recording)
+    monkeypatch.setattr(graphs, "DEVICE", "cpu")
+    monkeypatch.setattr(graphs, "capture", Recording)
 
 
 @pytest.fixture(params=[False, True], ids=["graph", "graph and text"])
@@ -125,7 +125,7 @@ def test_forms_change(model, given):
     assert counts(model)[0] == 2
     for height in range(2, 9):
         assert_right(model, given | {"hidden_states": torch.randn(2, 4, height, 3)})
-    assert len(vars(model)[GRAPHS]._steps) == _cuda_graph.GRAPHS
+    assert len(vars(model)[GRAPHS]._steps) == graphs.GRAPHS
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def test_a_failed_capture_is_said_once(model, given, monkeypatch, caplog):
     def fail(fn):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(_cuda_graph, "capture", fail)
+    monkeypatch.setattr(graphs, "capture", fail)
     for _ in range(4):
         assert_right(model, given)
     assert [r.message for r in caplog.records if "CUDA graph" in r.message] == [

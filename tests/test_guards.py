@@ -7,7 +7,7 @@ from diffusers_models import assert_agrees, fused_calls, run, transformer
 from torch import nn
 
 import sana_ext
-from sana_ext import _guards as guards
+from sana_ext.patching import guards
 
 pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread")
 FIRST = "transformer_blocks.0"

@@ -14,10 +14,9 @@ from diffusers_models import SMALL, TINY, assert_agrees, assert_fused, fused_cal
 from torch import nn
 
 import sana_ext
-from sana_ext import _guards
 from sana_ext import patch as patch_function
+from sana_ext.patching import guards, replacement
 
-patch_module = sys.modules["sana_ext.patch"]
 pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread")
 
 
@@ -69,7 +68,7 @@ def test_class_keeps_its_name_and_ancestry():
 
 def test_patch_draws_no_random_numbers():
     model = transformer()
-    patch_module._disagreement.cache_clear()
+    replacement._disagreement.cache_clear()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -216,8 +215,8 @@ def test_meta_device_is_left_to_diffusers():
 
 
 def test_without_kernels_nothing_is_replaced(monkeypatch):
-    monkeypatch.setattr(_guards, "find_kernels", lambda: None)
-    monkeypatch.setattr(_guards, "compiled_parts", {})
+    monkeypatch.setattr(guards, "find_kernels", lambda: None)
+    monkeypatch.setattr(guards, "compiled_parts", {})
     model = transformer()
     report = sana_ext.patch(model)
     assert (report.replaced, report.blocks) == ([], 2)
@@ -228,8 +227,8 @@ def test_without_kernels_nothing_is_replaced(monkeypatch):
 
 def test_kernels_decide_part_by_part(monkeypatch):
     """Parts with kernels run fused; those without backward kernels only where no gradient is wanted."""
-    monkeypatch.setattr(_guards, "find_kernels", lambda: None)
-    monkeypatch.setattr(_guards, "compiled_parts", {("cpu", False): ("norms", "ff"), ("cpu", True): ("norms",)})
+    monkeypatch.setattr(guards, "find_kernels", lambda: None)
+    monkeypatch.setattr(guards, "compiled_parts", {("cpu", False): ("norms", "ff"), ("cpu", True): ("norms",)})
     model = transformer()
     report = sana_ext.patch(model)
     assert report.skipped == dict.fromkeys(
@@ -249,11 +248,11 @@ def test_another_diffusers_that_computes_something_else_is_refused(monkeypatch):
         return original(self, hidden_states, *args, **kwargs) + 1e-2 * hidden_states
 
     monkeypatch.setattr(SanaTransformerBlock, "forward", changed)
-    patch_module._disagreement.cache_clear()
+    replacement._disagreement.cache_clear()
     try:
         report = sana_ext.patch(transformer())
     finally:
-        patch_module._disagreement.cache_clear()
+        replacement._disagreement.cache_clear()
     assert report.replaced == []
     assert "computes something else" in report.skipped["transformer_blocks.0"]
 
@@ -317,6 +316,6 @@ def test_options(option):
     assert classes(model) == [SanaTransformerBlock]
 
 
-def test_function_and_module_share_a_name():
+def test_the_package_names_the_function():
     assert callable(sana_ext.patch)
-    assert sana_ext.patch is patch_function is patch_module.patch
+    assert sana_ext.patch is patch_function is replacement.patch

@@ -10,7 +10,8 @@ from torch import nn
 from weight_changes import LORA, edit_all, load
 
 import sana_ext
-from sana_ext import _block, _packed
+from sana_ext.patching import block as fused
+from sana_ext.patching import projections as packing
 
 pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread")
 NAMES = ("to_q", "to_k", "to_v")
@@ -18,20 +19,20 @@ NAMES = ("to_q", "to_k", "to_v")
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(_packed, "DEVICES", ("cpu",))
+    monkeypatch.setattr(packing, "DEVICES", ("cpu",))
 
 
 @pytest.fixture
 def products(monkeypatch):
     """Rows of the weights in every product of a fused block."""
     rows = []
-    plain = _block.linear
+    plain = fused.linear
 
     def linear(x, weight, bias=None):
         rows.append(len(weight))
         return plain(x, weight, bias)
 
-    monkeypatch.setattr(_block, "linear", linear)
+    monkeypatch.setattr(fused, "linear", linear)
     return rows
 
 
@@ -47,7 +48,7 @@ def projections(model):
 
 
 def packed_blocks(model):
-    return sum(_packed.packed(layers) is not None for layers in projections(model))
+    return sum(packing.packed(layers) is not None for layers in projections(model))
 
 
 def count(model, products):

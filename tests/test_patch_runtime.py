@@ -13,7 +13,8 @@ from diffusers_models import FUSED_BLOCK, TINY, assert_agrees, assert_fused, fus
 from torch import nn
 
 import sana_ext
-from sana_ext import _block
+from sana_ext.patching import block as fused
+from sana_ext.patching import guards
 
 pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread")
 FIRST = "transformer_blocks.0"
@@ -228,7 +229,7 @@ def test_bad_calls_raise(changes):
 def test_fallbacks_at_run_time_are_said_once(caplog):
     model = transformer()
     sana_ext.patch(model)
-    _block._said.clear()
+    fused._said.clear()
     model.transformer_blocks[0].ff.register_forward_hook(lambda *_: None)
     run(model)
     run(model)
@@ -237,4 +238,4 @@ def test_fallbacks_at_run_time_are_said_once(caplog):
 
 
 def test_every_fused_op_of_a_block_is_counted():
-    assert set(FUSED_BLOCK) == {op for ops in sana_ext._guards.KERNELS.values() for op in ops[0]}
+    assert set(FUSED_BLOCK) == {op for ops in guards.KERNELS.values() for op in ops[0]}

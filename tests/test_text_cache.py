@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from weight_changes import CHANGES, LORA, Twice, edit, plain_tensors
 
 import sana_ext
-from sana_ext._text_cache import ATTRIBUTE
+from sana_ext.patching.text_cache import ATTRIBUTE
 
 KEPT = "(text or step kept)"  # in Report.skipped
 BLOCKS = 2  # of diffusers_models.SMALL

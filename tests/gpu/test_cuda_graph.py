@@ -7,7 +7,7 @@ import torch
 from helpers import needs_gpu
 
 import sana_ext
-from sana_ext._model import GRAPHS
+from sana_ext.patching.keeping import GRAPHS
 
 pytest.importorskip("diffusers")
 from diffusers_models import SMALL, inputs, run, transformer

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from . import _cuda_graph as cuda_graph
-from . import _text_cache as text_cache
-from ._block import FusedBlock
-from ._reversible import Reversible, class_without, put_on
-from .ops._checks import transforming
+from ..ops._checks import transforming
+from . import cuda_graph, text_cache
+from .block import FusedBlock
+from .reversible import Reversible, class_without, put_on
 
 GRAPHS = "_sana_ext_step_graphs"  # of the transformer
 

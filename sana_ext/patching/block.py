@@ -20,16 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _guards as guards
-from . import _packed as packing
-from . import _text_cache as text_cache
-from ._plain import Operand, child, leaf_reason, operand_of, parameter
-from ._reversible import Reversible
-from .ops.cross_attention import cross_attention
-from .ops.glumbconv import glumbconv
-from .ops.linear import linear
-from .ops.linear_attention import linear_attention
-from .ops.norm_modulate import gated_residual, norm_modulate, residual_norm_modulate
+from .._plain import Operand, child, leaf_reason, operand_of, parameter
+from ..ops.cross_attention import cross_attention
+from ..ops.glumbconv import glumbconv
+from ..ops.linear import linear
+from ..ops.linear_attention import linear_attention
+from ..ops.norm_modulate import gated_residual, norm_modulate, residual_norm_modulate
+from . import guards, projections, text_cache
+from .reversible import Reversible
 
 EPS = 1e-15  # of diffusers' SanaLinearAttnProcessor2_0
 FP16_LIMIT = 65504
@@ -169,7 +167,7 @@ def _projections(attn: Any, n: torch.Tensor, operand: Operand) -> tuple[torch.Te
     if not (torch.is_grad_enabled() or operand.autocast or torch.compiler.is_compiling()):
         layers = [child(attn, name) for name in names]
         if not any(leaf_reason(layer, nn.Linear, operand) for layer in layers):
-            together = packing.packed(layers)
+            together = projections.packed(layers)
             if together is not None:
                 return linear(n, *together).chunk(3, -1)
     return tuple(_linear(attn, name, n, operand) for name in names)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._plain import parameter
+from .._plain import parameter
 
 DEVICES = ("cuda",)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ._plain import untouched
-from ._text_cache import Pair, Text, TextCache
+from .._plain import untouched
+from .text_cache import Pair, Text, TextCache
 
 DEVICE = "cuda"
 GRAPHS = 4  # kept at once for a model, each with its own buffers

@@ -23,8 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._plain import Operand, child, leaf_reason, module_reason, parameter, untouched
-from .ops._arithmetic import autocast_dtype
+from .._plain import Operand, child, leaf_reason, module_reason, parameter, untouched
+from ..ops._arithmetic import autocast_dtype
 
 ATTRIBUTE = "_sana_ext_text_cache"  # of the transformer and its fused blocks
 TEXTS = 2  # kept at once: guidance that calls the model apart for the two prompts alternates between them

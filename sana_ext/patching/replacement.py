@@ -9,49 +9,23 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import _cuda_graph, _extension
-from . import _guards as guards
-from . import _packed as packing
-from ._block import FusedBlock, fused_forward, names_of
-from ._model import keep, release
-from ._plain import Operand, leaf_reason, parameter
-from ._reversible import class_without, put_on
+from .. import _extension
+from .._plain import Operand, leaf_reason, parameter
+from . import cuda_graph as graphs
+from . import guards, projections
+from .block import FusedBlock, fused_forward, names_of
+from .keeping import keep, release
+from .report import Report
+from .reversible import class_without, put_on
 
 BLOCK = ("diffusers.models.transformers.sana_transformer", "SanaTransformerBlock")
 TRANSFORMER = ("diffusers.models.transformers.sana_transformer", "SanaTransformer2DModel")
 COMPONENTS = ("transformer", "controlnet")
-
-
-@dataclass
-class Report:
-    """Names what `patch` did: `replaced`, the names of the blocks on the fused path; `kept`, the transformers whose
-    text or whole step is kept from one denoising step to the next; and `skipped`, name -> reason.
-
-    A name in `skipped` is a block that keeps diffusers' code, or a part of a replaced block (its attention, its FFN,
-    one of its layers) that is called as the module it is while the rest of the block is fused.
-    """
-
-    replaced: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    blocks: int = 0
-
-    def __str__(self) -> str:
-        lines = [f"sana_ext.patch: {len(self.replaced)} of {self.blocks} blocks replaced"]
-        lines += [f"  kept between denoising steps: {what}" for what in self.kept]
-        grouped: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            grouped.setdefault(reason, []).append(name or "model")
-        for reason, names in grouped.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"  kept as it is: {shown}: {reason}")
-        return "\n".join(lines)
 
 
 def patch(model_or_pipeline: Any, *, cuda_graph: bool = False, cache_text: bool = False) -> Report:
@@ -93,9 +67,9 @@ def patch(model_or_pipeline: Any, *, cuda_graph: bool = False, cache_text: bool 
             raise TypeError(f"sana_ext.patch: {name} must be True or False, got {value!r}")
     if cuda_graph:
         devices = {p.device.type for _, model in models for p in model.parameters()}
-        if devices != {_cuda_graph.DEVICE}:
+        if devices != {graphs.DEVICE}:
             raise ValueError(
-                f"sana_ext.patch: cuda_graph=True needs a model on {_cuda_graph.DEVICE}, this one is on {', '.join(sorted(devices))}"
+                f"sana_ext.patch: cuda_graph=True needs a model on {graphs.DEVICE}, this one is on {', '.join(sorted(devices))}"
             )
     guards.find_kernels()
     report = Report()
@@ -186,7 +160,7 @@ def _patch_block(name: str, block: nn.Module, stock: type, report: Report) -> No
             return
         put_on(block, functools.partial(_fused_class, stock=stock))
     report.replaced.append(name or type(block).__name__)
-    packing.pack([getattr(block.attn1, layer) for layer in ("to_q", "to_k", "to_v")])
+    projections.pack([getattr(block.attn1, layer) for layer in ("to_q", "to_k", "to_v")])
     _note_parts(name, block, names_of(stock), report)
 
 

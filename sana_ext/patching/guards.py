@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ._extension import has_kernel
-from ._plain import (
+from .._extension import has_kernel
+from .._plain import (
     Operand,
     child,
     convolution_reason,
@@ -24,7 +24,7 @@ from ._plain import (
     rms_norm_reason,
     tensor_reason,
 )
-from .ops._checks import SUPPORTED, short, transforming
+from ..ops._checks import SUPPORTED, short, transforming
 
 #: The kernels that each part of a block needs: (forward, backward).
 KERNELS = {
