@@ -84,73 +84,75 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>)
       d = row_sum(d) + (a.rstd_q == nullptr ? a.eps : row_rstd == 0.0f ? 0.0f : a.eps / row_rstd);
       inverse[half] = d == 0.0f ? 0.0f : 1.0f / d;
       const float b = -row_sum(s) * inverse[half] * inverse[half];
-      if (kRowsOnly) {
+      if constexpr (kRowsOnly) {
         const int64_t token = unit.first + i * kTileTokens + half * 8 + g;
         if (t_column == 0 && token < unit.first + unit.tokens) store_global(a.work + head * a.size.N + token, b);
-        continue;
-      }
-      const float through_norm = a.eps * row_rstd / static_cast<float>(a.size.H * kHeadDim) *
-                                 __shfl_sync(kAllLanes, own_row_sum, half * 8 + g);
-      uint32_t word[4];
+      } else {
+        const float through_norm = a.eps * row_rstd / static_cast<float>(a.size.H * kHeadDim) *
+                                   __shfl_sync(kAllLanes, own_row_sum, half * 8 + g);
+        uint32_t word[4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        float dq[2];
+        for (int n = 0; n < 4; ++n) {
+          float dq[2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float value = u[n][2 * half + e];
-          dz[n][e] += b * value;
-          dq[e] = value <= 0.0f ? 0.0f * b : t[n][2 * half + e] * inverse[half] + b * z[n][e];
+          for (int e = 0; e < 2; ++e) {
+            const float value = u[n][2 * half + e];
+            dz[n][e] += b * value;
+            dq[e] = value <= 0.0f ? 0.0f * b : t[n][2 * half + e] * inverse[half] + b * z[n][e];
+          }
+          const uint32_t signed_q = q[n / 2][n % 2 * 2 + half];
+          if (a.rstd_q != nullptr) {
+            float x, y;
+            unpack<T>(signed_q, x, y);
+            dq[0] += x * through_norm, dq[1] += y * through_norm;
+          }
+          word[n] = pack<T>(dq[0], dq[1]) ^ row_sign[n / 2][n % 2];
         }
-        const uint32_t signed_q = q[n / 2][n % 2 * 2 + half];
-        if (a.rstd_q != nullptr) {
+        writer.write(i, half, word);
+      }
+    }
+    if constexpr (!kRowsOnly) {
+      float scale[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        scale[e] =
+            __shfl_sync(kAllLanes, inverse[e / 2], (t_column + e % 2) * 4);  // of token t_column + e % 2 + e / 2 * 8
+      uint32_t right[4][2][2];                                               // [8 columns][high, low][word]
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        uint32_t dout[4];
+        load_right(dout, ring.tile(i, 1), n);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
           float x, y;
-          unpack<T>(signed_q, x, y);
-          dq[0] += x * through_norm, dq[1] += y * through_norm;
+          unpack<T>(dout[r], x, y);
+          split<BFloat16>(x * scale[r % 2 * 2], y * scale[r % 2 * 2 + 1], right[2 * n + r / 2][0][r % 2],
+                          right[2 * n + r / 2][1][r % 2]);
         }
-        word[n] = pack<T>(dq[0], dq[1]) ^ row_sign[n / 2][n % 2];
       }
-      writer.write(i, half, word);
-    }
-    if (kRowsOnly) continue;
-    float scale[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      scale[e] =
-          __shfl_sync(kAllLanes, inverse[e / 2], (t_column + e % 2) * 4);  // of token t_column + e % 2 + e / 2 * 8
-    uint32_t right[4][2][2];                                               // [8 columns][high, low][word]
+      for (int m = 0; m < 2; ++m) {
+        uint32_t columns[4], terms[kTerms<T>][4];
+        load_columns(columns, ring.tile(i, 0), m);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      uint32_t dout[4];
-      load_right(dout, ring.tile(i, 1), n);
+        for (int r = 0; r < 4; ++r) columns[r] = relu2<T>(columns[r] ^ column_sign[m][r % 2]);
+        to_terms<T>(columns, terms);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        float x, y;
-        unpack<T>(dout[r], x, y);
-        split<BFloat16>(x * scale[r % 2 * 2], y * scale[r % 2 * 2 + 1], right[2 * n + r / 2][0][r % 2],
-                        right[2 * n + r / 2][1][r % 2]);
+        for (int n = 0; n < 4; ++n) multiply(dS[m][n], terms, right[n]);
       }
-    }
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      uint32_t columns[4], terms[kTerms<T>][4];
-      load_columns(columns, ring.tile(i, 0), m);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) columns[r] = relu2<T>(columns[r] ^ column_sign[m][r % 2]);
-      to_terms<T>(columns, terms);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) multiply(dS[m][n], terms, right[n]);
     }
   }
-  if (kRowsOnly) return;
-  float* const to = a.partial + unit.index * kStateElements;
-  store_state(to, dS, a.weight_q, channel);
+  if constexpr (!kRowsOnly) {
+    float* const to = a.partial + unit.index * kStateElements;
+    store_state(to, dS, a.weight_q, channel);
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < 4; ++n) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float sum = column_sum(dz[n][e]);
-      const int i = n * 8 + t_column + e;
-      if (g == 0) store_global(to + kHeadDim * kHeadDim + i, sum * magnitude(a.weight_q, channel + i));
+      for (int e = 0; e < 2; ++e) {
+        const float sum = column_sum(dz[n][e]);
+        const int i = n * 8 + t_column + e;
+        if (g == 0) store_global(to + kHeadDim * kHeadDim + i, sum * magnitude(a.weight_q, channel + i));
+      }
     }
   }
 }
@@ -213,10 +215,11 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>) linear_attention_bac
         k[step][r] ^= sign[step][r / 2];
         positive[r] = relu2<T>(k[step][r]);
       }
-      if (kRowsOnly) continue;
-      to_terms<T>(positive, terms);
+      if constexpr (!kRowsOnly) {
+        to_terms<T>(positive, terms);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) multiply(dv[n], terms, for_v[step][n]);
+        for (int n = 0; n < 4; ++n) multiply(dv[n], terms, for_v[step][n]);
+      }
     }
     const float own_rstd = rstd.take(i), own_row_sum = row_sums.take(i);
 #pragma unroll
@@ -240,14 +243,14 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<T>) linear_attention_bac
         word_k[n] = pack<T>(dk[0], dk[1]) ^ sign[n / 2][n % 2];
         word_v[n] = pack<T>(dv[n][2 * half] * row_rstd, dv[n][2 * half + 1] * row_rstd);
       }
-      if (!kRowsOnly) {
+      if constexpr (!kRowsOnly) {
         write_dk.write(i, half, word_k);
         write_dv.write(i, half, word_v);
-        continue;
+      } else {
+        c = row_sum(c);
+        const int64_t token = unit.first + i * kTileTokens + half * 8 + g;
+        if (t_column == 0 && token < unit.first + unit.tokens) store_global(args.rows + head * a.size.N + token, c);
       }
-      c = row_sum(c);
-      const int64_t token = unit.first + i * kTileTokens + half * 8 + g;
-      if (t_column == 0 && token < unit.first + unit.tokens) store_global(args.rows + head * a.size.N + token, c);
     }
   }
 }
