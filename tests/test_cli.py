@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, one clear line for every error."""
 
+import logging
 import subprocess
 import sys
 
@@ -55,3 +56,13 @@ def test_help_needs_no_torch():
 
 def test_the_names_of_dtypes_are_those_of_files():
     assert tuple(files.DTYPES) == options.DTYPES
+
+
+def test_one_line_of_bitsandbytes_is_dropped_and_no_other(capsys, caplog):
+    """diffusers imports bitsandbytes, which says on import that the package `kernels` is missing."""
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("another line")
+    assert caplog.messages == ["another line"]

@@ -7,6 +7,7 @@ torch, so nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -56,6 +57,7 @@ def _version() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # the program, not a caller in Python
         guard_tracebacks()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_of_kernels)
     args = parser().parse_args(arguments)
     try:
         return args.run(args) or 0
@@ -66,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(args.command, *found)
     except KeyboardInterrupt:
         return _fail(args.command, "interrupted", 130)
+
+
+def _is_not_of_kernels(record: logging.LogRecord) -> bool:
+    """Drops one line: diffusers imports bitsandbytes, which then misses an optional package that sana15 never uses."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
 def _explained(error: Exception) -> tuple[object, int] | None:
