@@ -65,7 +65,7 @@ check() {
   step info "$PYTHON" -m sana_ext
   step tests "$PYTHON" -m pytest -q tests/gpu
   step op-tests env SANA_EXT_TEST_DEVICE=cuda "$PYTHON" -m pytest -q \
-    tests/test_linear_attention.py tests/test_linear_attention_inputs.py tests/test_norm_modulate.py tests/test_glumbconv.py \
+    tests/ops/test_linear_attention.py tests/ops/test_linear_attention_inputs.py tests/ops/test_norm_modulate.py tests/ops/test_glumbconv.py \
     -k "not diffusers and not offsets and not extreme and not default_kernels"
 }
 

@@ -18,7 +18,7 @@ int search(const DynamicCode& t, float x) {
   return static_cast<int>(std::lower_bound(t.border, t.border + t.top, x) - t.border);
 }
 
-// The same checksum stands in tests/test_code8.py for the table of the reference.
+// The same checksum stands in tests/ops/test_code8.py for the table of the reference.
 uint32_t checksum(const DynamicCode& t) {
   uint32_t hash = 2166136261u;
   for (int k = 0; k <= t.top; ++k) {

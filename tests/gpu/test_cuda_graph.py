@@ -1,4 +1,4 @@
-"""patch(cuda_graph=True) with CUDA's own graphs; tests/test_cuda_graph.py has the rest, with a stand-in."""
+"""patch(cuda_graph=True) with CUDA's own graphs; tests/patching/test_cuda_graph.py has the rest, with a stand-in."""
 
 import copy
 

@@ -1,6 +1,6 @@
 """Kills a training run before its n-th change of a file, runs the same command again, and compares with a run never killed.
 
-PYTHONPATH=python:tests python tests/kill_train.py --every 1
+PYTHONPATH=python:tests/support python tests/support/kill_train.py --every 1
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Kills a search at random moments, resumes it, and compares its folder with that of a run that was never killed.
 
-PYTHONPATH=python python tests/kill_search.py --kills 200
+PYTHONPATH=python python tests/support/kill_search.py --kills 200
 """
 
 import argparse
