@@ -4,13 +4,13 @@ import pytest
 import torch
 from helpers import rand
 
-from sana15.autoencoder import MINI, Autoencoder
+from sana15.autoencoder import MINI_SIZES, Autoencoder
 
 
 @pytest.fixture(scope="module")
 def mini():
     torch.manual_seed(0)
-    return Autoencoder.build(MINI | {"scaling_factor": 0.5}).eval()
+    return Autoencoder.build(MINI_SIZES | {"scaling_factor": 0.5}).eval()
 
 
 @torch.no_grad()

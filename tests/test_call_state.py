@@ -134,7 +134,7 @@ def test_a_failing_call_leaves_nothing_behind(made, pause, monkeypatch):
         with pytest.raises(TypeError):
             generator.finish(state)
     assert state_of(pipe) == before
-    generator.keep(state, [])
+    generator.select(state, [])
     assert state_of(pipe) == before
     assert np.array_equal(pixels(generator.finish(generator.start(PROMPTS, SEEDS))), expected)
 

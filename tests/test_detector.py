@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sana15.cli import main
-from sana15.detector import Box, ClipColors, Detector, judge, kept
+from sana15.detector import Box, ClipColors, PhotoDetector, judge, kept
 from sana15.geneval import picture_path, write_metadata
 from sana15.scenes.vocabulary import COLOR_NAMES
 
@@ -56,7 +56,7 @@ class Fixed(torch.nn.Module):
 
 
 def test_boxes_are_in_the_picture_s_pixels():
-    found = Detector(Fixed(), size=(30, 1000)).detect(Image.new("RGB", (80, 60)))
+    found = PhotoDetector(Fixed(), size=(30, 1000)).detect(Image.new("RGB", (80, 60)))
     assert list(found) == ["bench"]
     (best, *_) = found["bench"]
     # Cells are 4 pixels of the scaled picture, 8 of ours; a bilinear border lies half way between two cells' centres.
@@ -67,7 +67,7 @@ def test_boxes_are_in_the_picture_s_pixels():
 
 
 def test_a_random_detector_loads_and_answers(detector_folder):
-    detector = Detector.load(str(detector_folder))
+    detector = PhotoDetector.load(str(detector_folder))
     assert detector.size == (64, 90)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     found = detector.detect(picture)

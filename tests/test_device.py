@@ -121,7 +121,7 @@ def test_nothing_stays_behind():
             torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2, device="meta"))
         generator = PipelineGenerator(pipe, Sampling(steps=3))
         state = generator.advance(generator.start(PROMPTS, [Seed(0, 0, 0), Seed(0, 1, 0)]), 3)
-        state = generator.keep(state, [1])
+        state = generator.select(state, [1])
         assert state.sampler.latents.device.type == "meta"
         assert pipe.autoencoder.decode(state.sampler.latents).shape == (1, 3, 64, 64)
         for batch in calibration(pipe, PROMPTS, steps=2):
@@ -181,7 +181,7 @@ def test_eval_loads_its_detectors_there(tmp_path, monkeypatch, pretend, capsys):
         raise Placed(*given)
 
     pretend(True)
-    monkeypatch.setattr("sana15.detector.Detector.load", load)
+    monkeypatch.setattr("sana15.detector.PhotoDetector.load", load)
     monkeypatch.setattr("sana15.export.read_folder", lambda root: [])
     arguments = ["eval", str(tmp_path), "--device", "cuda"]
     with pytest.raises(Placed, match=r"'a', 'cuda'"):

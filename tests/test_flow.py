@@ -87,7 +87,7 @@ def test_pause_and_keep_equal_an_uninterrupted_run():
         return state
 
     kept = torch.tensor([4, 1])
-    paused = run(run(flow.SamplerState(noise), 3).keep(kept), 8)
+    paused = run(run(flow.SamplerState(noise), 3).select(kept), 8)
     assert torch.equal(paused.latents, run(flow.SamplerState(noise), 8).latents[kept])
 
 

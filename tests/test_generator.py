@@ -47,7 +47,7 @@ def test_a_pause_changes_no_bit(pipe, sampler):
     for step in (1, 1, 4):
         state = generator.advance(state, step)
         assert len(generator.preview(state)) == 4
-    state = generator.keep(state, [0, 1, 2, 3])
+    state = generator.select(state, [0, 1, 2, 3])
     assert np.array_equal(pixels(generator.finish(state)), whole)
     one = pipe(PROMPTS, seed=5, steps=STEPS, sampler=sampler, guidance=3.0, guidance_interval=(0.1, 0.9))
     assert np.abs(pixels([row[0] for row in one])[0] - whole[0]).max() <= 1
@@ -62,7 +62,7 @@ def test_what_is_kept_is_what_it_would_have_been(pipe, sampler, when):
 
     def thinned():
         state = generator.advance(generator.start(PROMPTS, SEEDS), when)
-        return pixels(generator.finish(generator.keep(state, [3, 1])))
+        return pixels(generator.finish(generator.select(state, [3, 1])))
 
     kept = thinned()
     assert np.abs(kept - whole[[3, 1]]).max() <= 1
@@ -87,7 +87,7 @@ def test_evaluations_are_what_the_transformer_is_asked(pipe, monkeypatch):
     state = generator.advance(generator.start(PROMPTS, SEEDS), 2)
     assert sum(rows) == 4 * generator.evaluations(0, 2)
     rows.clear()
-    generator.finish(generator.keep(state, [1]))
+    generator.finish(generator.select(state, [1]))
     assert sum(rows) == generator.evaluations(2, STEPS)
     assert generator.evaluations(0, STEPS) in range(STEPS + 1, 2 * STEPS)  # guidance in an interval
 
@@ -95,7 +95,7 @@ def test_evaluations_are_what_the_transformer_is_asked(pipe, monkeypatch):
 def test_nothing_is_kept(pipe):
     generator = PipelineGenerator(pipe, settings_of())
     for when in (0, 2):
-        assert generator.finish(generator.keep(generator.advance(generator.start(PROMPTS, SEEDS), when), [])) == []
+        assert generator.finish(generator.select(generator.advance(generator.start(PROMPTS, SEEDS), when), [])) == []
 
 
 def test_mistakes(pipe):
@@ -106,7 +106,7 @@ def test_mistakes(pipe):
     with pytest.raises(ValueError, match="4 prompts need as many seeds"):
         generator.start(PROMPTS, SEEDS[:2])
     with pytest.raises(ValueError, match=r"indices must be from 0 to 3, got \[4\]"):
-        generator.keep(state, [4])
+        generator.select(state, [4])
     with pytest.raises(ValueError, match=r"to_step must be from 2 to 6, got 1"):
         generator.advance(generator.advance(state, 2), 1)
     with pytest.raises(ValueError, match=r"to_step must be from 0 to 6, got 7"):
@@ -162,7 +162,7 @@ def test_diffusers_pause_and_keep_change_no_bit(parts, scheduler):
     state = generator.advance(generator.start(PROMPTS, SEEDS), 1)
     assert threading.active_count() == before + 4
     assert len(generator.preview(state)) == 4
-    state = generator.keep(generator.advance(state, 3), [2, 0])
+    state = generator.select(generator.advance(state, 3), [2, 0])
     assert threading.active_count() == before + 2
     assert np.array_equal(pixels(generator.finish(state)), pixels([plain[2], plain[0]]))
     assert threading.active_count() == before
@@ -243,8 +243,8 @@ def test_diffusers_mistakes(parts):
     _, generator = foreign(parts, "euler")
     state = generator.advance(generator.start(PROMPTS[:2], SEEDS[:2]), 1)
     first = state[0]
-    generator.keep(state, [1])
-    with pytest.raises(ValueError, match="given up by keep"):
+    generator.select(state, [1])
+    with pytest.raises(ValueError, match="given up by select"):
         generator.finish([first])
     _, failing = foreign(parts, height=63)
     with pytest.raises(ValueError, match="divisible by 32"):

@@ -16,7 +16,7 @@ from sana15 import judges
 from sana15.files import DataError
 from sana15.judges import JudgeFailed, Patient, Verdict, mean_ranks
 from sana15.judges.clip import ClipJudge
-from sana15.judges.learned import COLOR, SHAPE, Detector, Found, LearnedJudge, find, probability
+from sana15.judges.learned import COLOR, SHAPE, LearnedJudge, SceneDetector, SeenObject, find, probability
 from sana15.judges.learned_training import batch, sample, targets, train
 from sana15.judges.question import question
 from sana15.judges.server import ServerJudge, read_answer
@@ -96,7 +96,7 @@ def test_the_checker_is_not_what_it_learns_from():
 def found(shape, color, centre, there=0.999):
     shapes, colors = (np.full(n, math.log(0.001)) for n in (len(SHAPES), len(COLOR_NAMES)))
     shapes[SHAPES.index(shape)] = colors[COLOR_NAMES.index(color)] = math.log(0.99)
-    return Found(centre, 18.0, there, math.log(0.99), shapes, colors)
+    return SeenObject(centre, 18.0, there, math.log(0.99), shapes, colors)
 
 
 def test_probability_follows_the_metadata():
@@ -154,7 +154,7 @@ def test_training_learns_and_repeats(tmp_path):
 
 
 def test_the_networks_size():
-    assert sum(p.numel() for p in Detector().parameters()) < 250_000
+    assert sum(p.numel() for p in SceneDetector().parameters()) < 250_000
 
 
 # A server that speaks OpenAI's protocol

@@ -9,7 +9,7 @@ import torch
 from tiny_pipeline import make
 
 from sana15 import SanaConfig, SanaTransformer, flow
-from sana15.autoencoder import MINI, Autoencoder
+from sana15.autoencoder import MINI_SIZES, Autoencoder
 from sana15.files import DataError
 from sana15.pipeline import Pipeline
 from sana15.sampling import Item, Sampling, noise
@@ -26,7 +26,7 @@ def pipe():
         out_channels=16, caption_channels=16, sample_size=4,
     )  # fmt: skip
     text = MiniTextEncoder(["a", "red", "circle", "two", "squares"], width=16, heads=2).eval()
-    return Pipeline(text, SanaTransformer(config).eval(), Autoencoder.build(MINI).eval(), flow_shift=3.0)
+    return Pipeline(text, SanaTransformer(config).eval(), Autoencoder.build(MINI_SIZES).eval(), flow_shift=3.0)
 
 
 def pixels(pictures):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sana15.autoencoder import MINI, Autoencoder
+from sana15.autoencoder import MINI_SIZES, Autoencoder
 from sana15.files import DataError
 from sana15.scenes.prompts import parse
 from sana15.scenes.vocabulary import COLOR_NAMES, RELATIONS, SHAPES
@@ -67,7 +67,7 @@ def test_it_learns_and_is_loaded(tmp_path):
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ae")
-    Autoencoder.build(MINI).model.half().save_pretrained(folder)
+    Autoencoder.build(MINI_SIZES).model.half().save_pretrained(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ from .checkpoint import load_weights
 from .files import DataError, read_json
 
 #: f8c16: 64x64 pictures to 8x8 latents of 16 channels; residual stages, then one linear-attention stage.
-MINI = {
+MINI_SIZES = {
     "in_channels": 3,
     "latent_channels": 16,
     "attention_head_dim": 32,

@@ -47,7 +47,7 @@ Colors = Callable[
 ]  # (picture, boxes of one class, its name) -> their colours
 
 
-class Detector:
+class PhotoDetector:
     """A Mask2Former for instances: a picture's boxes by class, the surest first.
 
     Args:
@@ -64,7 +64,7 @@ class Detector:
         self.names: dict[int, str] = {int(k): v for k, v in model.config.id2label.items()}
 
     @staticmethod
-    def load(source: str, device: str = "cpu") -> Detector:
+    def load(source: str, device: str = "cpu") -> PhotoDetector:
         """A folder in transformers' layout, or a name that transformers can find; DataError where it is no Mask2Former."""
         from transformers import Mask2FormerForUniversalSegmentation
 
@@ -78,7 +78,7 @@ class Detector:
         sides = (
             (size.get("shortest_edge", 800), size.get("longest_edge", 1333)) if isinstance(size, dict) else (size, 1333)
         )
-        return Detector(model.to(device), sides, values["image_mean"], values["image_std"])
+        return PhotoDetector(model.to(device), sides, values["image_mean"], values["image_std"])
 
     @torch.no_grad()
     def detect(self, picture: Image.Image) -> dict[str, list[Box]]:
@@ -232,7 +232,7 @@ def judge(
     return "\n".join(reasons)
 
 
-def photo_results(shown: Sequence[Shown], detector: Detector, colors: Colors | None) -> list[dict[str, Any]]:
+def photo_results(shown: Sequence[Shown], detector: PhotoDetector, colors: Colors | None) -> list[dict[str, Any]]:
     """Rows of GenEval's results.jsonl for every picture.
 
     Raises:

@@ -61,12 +61,12 @@ def _detected(args: argparse.Namespace) -> str:
 
 
 def _detected_in(root: Path, args: argparse.Namespace) -> str:
-    from .detector import ClipColors, Detector, photo_results
+    from .detector import ClipColors, PhotoDetector, photo_results
     from .export import read_folder, results_line
 
     device = resolved(args.device)
     colors = ClipColors.load(args.clip, device) if args.clip else None
-    rows = photo_results(read_folder(root), Detector.load(args.detector, device), colors)
+    rows = photo_results(read_folder(root), PhotoDetector.load(args.detector, device), colors)
     path = root / "results.jsonl"
     with replacing(path) as partial:
         partial.write_text("".join(results_line(row) for row in rows), encoding="utf-8")

@@ -108,7 +108,7 @@ class SamplerState:
     step: int = 0
     previous_x0: torch.Tensor | None = None  # the last data prediction, for the second-order step and for previews
 
-    def keep(self, indices: torch.Tensor) -> SamplerState:
+    def select(self, indices: torch.Tensor) -> SamplerState:
         """The state of the chosen samples only."""
         previous = None if self.previous_x0 is None else self.previous_x0[indices]
         return replace(self, latents=self.latents[indices], previous_x0=previous)

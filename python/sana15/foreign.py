@@ -2,7 +2,7 @@
 
 Each picture is one ordinary call of the pipeline, batch 1, in a thread of its own that waits inside the step callback: what a
 pause must keep is what stands on that thread's stack, and what the call has put on the pipeline's models (call_state.py). Threads
-never run at the same time. So pausing cannot change a picture, not even by rounding, and keep only lets the others go.
+never run at the same time. So pausing cannot change a picture, not even by rounding, and select only lets the others go.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class DiffusersGenerator:
             pictures += (self.decode or self._decode)(run.x0)
         return pictures
 
-    def keep(self, state: list[_Run], indices: Sequence[int]) -> list[_Run]:
+    def select(self, state: list[_Run], indices: Sequence[int]) -> list[_Run]:
         if not all(0 <= i < len(state) for i in indices) or len(set(indices)) < len(indices):
             raise ValueError(f"indices must differ and be from 0 to {len(state) - 1}, got {list(indices)}")
         for i, run in enumerate(state):
@@ -214,7 +214,7 @@ class _Run:
             self._picture, self._over = self._call(), True
         self.advance(None)
         if self._picture is None:
-            raise ValueError("this picture was given up by keep, or failed")
+            raise ValueError("this picture was given up by select, or failed")
         return self._picture
 
     def stop(self) -> None:

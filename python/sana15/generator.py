@@ -14,11 +14,11 @@ class Generator(Protocol):
     """The protocol that search asks of whoever makes the images.
 
     A state holds everything that a picture follows from, the sampler's history included: pausing changes nothing. advance and
-    keep may use up the state that they are given; go on with the one that they return. A step is a denoising step.
+    select may use up the state that they are given; go on with the one that they return. A step is a denoising step.
 
     Attributes:
         steps: of a finished picture.
-        can_pause: whether advance, preview and keep work; else only start and finish do.
+        can_pause: whether advance, preview and select work; else only start and finish do.
     """
 
     steps: int
@@ -54,7 +54,7 @@ class Generator(Protocol):
         """Decodes what the model expects the finished images to be: its last data prediction. Costs no evaluation."""
         ...
 
-    def keep(self, state: Any, indices: Sequence[int]) -> Any:
+    def select(self, state: Any, indices: Sequence[int]) -> Any:
         """The chosen pictures only, in that order; the others are given up."""
         ...
 

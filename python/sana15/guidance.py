@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import flow
-from .model import SanaTransformer, Text
+from .model import SanaTransformer, TextStates
 
 KEPT_TEXT = (
     2 << 30
@@ -28,7 +28,7 @@ class GuidedVelocity:
         text: torch.Tensor,
         mask: torch.Tensor,
         guidance: float,
-        projected: Text | None = None,
+        projected: TextStates | None = None,
     ) -> None:
         self.transformer, self.text, self.mask, self.guidance = transformer, text, mask, guidance
         self._projected = projected
@@ -44,15 +44,15 @@ class GuidedVelocity:
         unconditional, conditional = v.chunk(2)
         return flow.guided(conditional, unconditional, self.guidance)
 
-    def keep(self, indices: torch.Tensor) -> GuidedVelocity:
-        """Keeps the chosen images only; what is computed stays computed."""
+    def select(self, indices: torch.Tensor) -> GuidedVelocity:
+        """Returns the velocity of the chosen images only; what is computed stays computed."""
         rows = indices
         if self.guidance != 1.0:
             rows = torch.cat([indices, indices + len(self.text) // 2])
         projected = None if self._projected is None else self._projected.select(rows)
         return GuidedVelocity(self.transformer, self.text[rows], self.mask[rows], self.guidance, projected)
 
-    def _of_text(self, rows: int) -> tuple[torch.Tensor | Text, torch.Tensor | None]:
+    def _of_text(self, rows: int) -> tuple[torch.Tensor | TextStates, torch.Tensor | None]:
         config = self.transformer.config
         values = self.text.shape[:2].numel() * 2 * config.num_layers * config.width
         too_large = values * self.text.element_size() > KEPT_TEXT

@@ -126,19 +126,19 @@ def position_embedding(
     return torch.cat([columns, rows], -1).flatten(0, 1).float()
 
 
-class Text(NamedTuple):
+class TextStates(NamedTuple):
     """A text as the blocks' cross-attentions see it: what does not change from one denoising step to the next."""
 
     pairs: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [B, T, C] of every block
     bias: torch.Tensor | None  # [B, 1, T]
 
-    def last(self, B: int) -> Text:
+    def last(self, B: int) -> TextStates:
         """Returns the text of the last B of its images."""
-        return Text([(k[-B:], v[-B:]) for k, v in self.pairs], None if self.bias is None else self.bias[-B:])
+        return TextStates([(k[-B:], v[-B:]) for k, v in self.pairs], None if self.bias is None else self.bias[-B:])
 
-    def select(self, rows: torch.Tensor) -> Text:
+    def select(self, rows: torch.Tensor) -> TextStates:
         """Returns the text of the chosen images."""
-        return Text([(k[rows], v[rows]) for k, v in self.pairs], None if self.bias is None else self.bias[rows])
+        return TextStates([(k[rows], v[rows]) for k, v in self.pairs], None if self.bias is None else self.bias[rows])
 
 
 def _projects(block: Any) -> bool:
@@ -178,7 +178,7 @@ class SanaTransformer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, C) / C**0.5)
         self.proj_out = Linear(C, config.patch_size**2 * config.out_channels)
 
-    def project(self, text: torch.Tensor, text_mask: torch.Tensor | None = None) -> Text:
+    def project(self, text: torch.Tensor, text_mask: torch.Tensor | None = None) -> TextStates:
         """Computes what forward takes in place of text and mask, to be computed once for many steps. It keeps the weights' values.
 
         Raises:
@@ -193,7 +193,7 @@ class SanaTransformer(nn.Module):
         states = self._states(text)
         blocks: list[Block] = list(self.transformer_blocks)  # type: ignore[arg-type]
         pairs = [block.attn2.keys_and_values(states) for block in blocks]
-        return Text(pairs, self._bias(text_mask, states.dtype))
+        return TextStates(pairs, self._bias(text_mask, states.dtype))
 
     @property
     def projects(self) -> bool:
@@ -217,7 +217,7 @@ class SanaTransformer(nn.Module):
     def forward(
         self,
         latents: torch.Tensor,
-        text: torch.Tensor | Text,
+        text: torch.Tensor | TextStates,
         timestep: torch.Tensor,
         text_mask: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
@@ -246,7 +246,7 @@ class SanaTransformer(nn.Module):
         else:
             t6, embedded = self.time_embed(timestep, guidance=guidance, hidden_dtype=x.dtype)
         texts: Sequence[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
-        if isinstance(text, Text):
+        if isinstance(text, TextStates):
             bias, texts = text.bias, text.pairs
         else:
             bias, texts = self._bias(text_mask, x.dtype), [self._states(text)] * len(self.transformer_blocks)
@@ -284,7 +284,7 @@ class SanaTransformer(nn.Module):
     def _check(
         self,
         latents: torch.Tensor,
-        text: torch.Tensor | Text,
+        text: torch.Tensor | TextStates,
         timestep: torch.Tensor,
         text_mask: torch.Tensor | None,
         guidance: torch.Tensor | None,
@@ -297,7 +297,7 @@ class SanaTransformer(nn.Module):
             raise ValueError(
                 f"latents' sides must be positive multiples of the patch size {patch}, got {list(latents.shape[2:])}"
             )
-        if isinstance(text, Text):
+        if isinstance(text, TextStates):
             if text_mask is not None or len(text.pairs) != config.num_layers or text.pairs[0][0].shape[0] != B:
                 raise ValueError(f"a projected text must be this model's, of {B} images, and brings its mask")
         else:

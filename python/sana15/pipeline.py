@@ -255,7 +255,7 @@ class FlowState:
 
 
 class PipelineGenerator:
-    """sana15.Pipeline as a Generator. Pictures of another batch, also of what keep leaves of one, differ by rounding only.
+    """sana15.Pipeline as a Generator. Pictures of another batch, also of what select leaves of one, differ by rounding only.
 
     The same calls give the same bits; Pipeline.__call__ is start and finish.
 
@@ -323,12 +323,12 @@ class PipelineGenerator:
             raise ValueError("there is no preview before the first step")
         return self.pipe.decode(state.sampler.previous_x0)
 
-    def keep(self, state: FlowState, indices: Sequence[int]) -> FlowState:
+    def select(self, state: FlowState, indices: Sequence[int]) -> FlowState:
         B = len(state.sampler.latents)
         if not all(0 <= i < B for i in indices):
             raise ValueError(f"indices must be from 0 to {B - 1}, got {list(indices)}")
         rows = torch.tensor(indices, dtype=torch.long, device=self.pipe.device)
-        return FlowState(state.sampler.keep(rows), state.velocity.keep(rows))
+        return FlowState(state.sampler.select(rows), state.velocity.select(rows))
 
     def finish(self, state: FlowState) -> list[Image.Image]:
         return self.pipe.decode(self.advance(state, self.steps).sampler.latents)

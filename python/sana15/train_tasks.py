@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .autoencoder import MINI, Autoencoder
+from .autoencoder import MINI_SIZES, Autoencoder
 from .config import SanaConfig
 from .data import Batch, SceneBatches
 from .distillation import Distillation, training_loss
@@ -36,7 +36,7 @@ class AutoencoderTask:
 
     def __init__(self, config: TrainConfig, device: str) -> None:
         self.config, self.device = config.autoencoder, device
-        self.module = Autoencoder.build(MINI).to(device)
+        self.module = Autoencoder.build(MINI_SIZES).to(device)
         self.validation = SceneBatches(VALIDATION_SEED, 64, 1)[0].pictures.to(device)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:

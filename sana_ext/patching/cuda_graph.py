@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .._plain import untouched
-from .text_cache import Pair, Text, TextCache
+from .text_cache import CachedText, Pair, TextCache
 
 DEVICE = "cuda"
 GRAPHS = 4  # kept at once for a model, each with its own buffers
@@ -61,7 +61,7 @@ capture: Callable[[Callable[[], Any]], Any] = CudaGraph
 class _Step:
     """One captured form of the call with the buffers that the graph reads."""
 
-    def __init__(self, run: Callable[..., Any], leaves: list[Any], spec: Any, text: Text | None) -> None:
+    def __init__(self, run: Callable[..., Any], leaves: list[Any], spec: Any, text: CachedText | None) -> None:
         self.inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.pairs: dict[Any, Pair] = {}
         self.filled: object = None  # the revision of the text whose keys and values are in `pairs`
@@ -71,7 +71,7 @@ class _Step:
         args, kwargs = pytree.tree_unflatten(self.inputs, spec)
         self.graph = capture(lambda: run(self.pairs, *args, **kwargs))
 
-    def __call__(self, leaves: list[Any], text: Text | None) -> Any:
+    def __call__(self, leaves: list[Any], text: CachedText | None) -> Any:
         self.graph.wait()
         for buffer, leaf in zip(self.inputs, leaves):
             if isinstance(leaf, torch.Tensor):

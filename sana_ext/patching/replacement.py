@@ -144,12 +144,12 @@ def _keep(prefix: str, model: nn.Module, report: Report, *, text: bool, step: bo
     for name, module in transformers:
         reason = keep(module, _class_of(type(module), TRANSFORMER), text, step)
         if reason:
-            report.skipped[f"{name} (text or step kept)".strip()] = reason
+            report.skipped[f"{name} (text or step cached)".strip()] = reason
             continue
         label = name or type(module).__name__
-        report.kept += [f"{what} of {label}" for what, given in (("text", text), ("step", step)) if given]
+        report.cached += [f"{what} of {label}" for what, given in (("text", text), ("step", step)) if given]
     if not transformers:
-        report.skipped[f"{prefix} (text or step kept)".strip()] = f"no {TRANSFORMER[1]} of diffusers here"
+        report.skipped[f"{prefix} (text or step cached)".strip()] = f"no {TRANSFORMER[1]} of diffusers here"
 
 
 def _patch_block(name: str, block: nn.Module, stock: type, report: Report) -> None:

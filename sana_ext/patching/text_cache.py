@@ -40,7 +40,7 @@ class TextCache:
     def __init__(self) -> None:
         _watch()
         self.hits = self.misses = 0
-        self._texts: list[Text] = []
+        self._texts: list[CachedText] = []
         self._current = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextCache:
@@ -88,7 +88,7 @@ class TextCache:
         finally:
             self._current.fixed = None
 
-    def complete(self, model: Any, source: Any, batch: int) -> Text | None:
+    def complete(self, model: Any, source: Any, batch: int) -> CachedText | None:
         """The entry of a text whose keys and values are there and right for every block, or None."""
         text = self._find(model, source, batch)
         blocks = [m for m in model.modules() if m is not model and m.__dict__.get(ATTRIBUTE) is self]
@@ -101,7 +101,7 @@ class TextCache:
                 return None
         return text
 
-    def _find(self, model: Any, text: Any, batch: int) -> Text | None:
+    def _find(self, model: Any, text: Any, batch: int) -> CachedText | None:
         if type(text) is not torch.Tensor or text.is_inference():  # an inference tensor has no version
             return None
         stamp = _caption_stamp(model)
@@ -113,7 +113,7 @@ class TextCache:
             if known.source() is text and known.state == state and _same(known.stamp, stamp):
                 self._texts = alive
                 return known
-        made = Text(weakref.ref(text, self._forget), state, stamp)
+        made = CachedText(weakref.ref(text, self._forget), state, stamp)
         self._texts = [*(t for t in alive if t.source() is not text), made][-TEXTS:]
         return made
 
@@ -121,7 +121,7 @@ class TextCache:
         self._texts = [t for t in self._texts if t.source is not source]
 
 
-class Text:
+class CachedText:
     """The keys and values of one text: valid for its tensor while `state` and the stamps of all weights are the same."""
 
     def __init__(self, source: weakref.ref[torch.Tensor], state: Any, stamp: Stamp) -> None:

@@ -20,7 +20,7 @@ def model(request):
     model = transformer(SMALL).to("cuda", request.param)
     report = sana_ext.patch(model, cuda_graph=True, cache_text=True)
     assert len(report.replaced) == 2
-    assert len(report.kept) == 2
+    assert len(report.cached) == 2
     return model
 
 

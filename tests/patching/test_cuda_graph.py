@@ -207,4 +207,4 @@ def test_copies_pickles_and_unpatch(model, given):
 
 def test_report():
     report = sana_ext.patch(transformer(), cuda_graph=True, cache_text=True)
-    assert report.kept == ["text of SanaTransformer2DModel", "step of SanaTransformer2DModel"]
+    assert report.cached == ["text of SanaTransformer2DModel", "step of SanaTransformer2DModel"]

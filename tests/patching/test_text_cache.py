@@ -17,7 +17,7 @@ from weight_changes import CHANGES, LORA, Twice, edit, plain_tensors
 import sana_ext
 from sana_ext.patching.text_cache import ATTRIBUTE
 
-KEPT = "(text or step kept)"  # in Report.skipped
+KEPT = "(text or step cached)"  # in Report.skipped
 BLOCKS = 2  # of diffusers_models.SMALL
 
 pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("fused_parts", "one_thread")
 def model():
     model = transformer()
     edit(model)  # versions above 0
-    assert sana_ext.patch(model, cache_text=True).kept == ["text of SanaTransformer2DModel"]
+    assert sana_ext.patch(model, cache_text=True).cached == ["text of SanaTransformer2DModel"]
     return model
 
 
@@ -277,7 +277,9 @@ def test_unpatch_and_the_last_call_decide(model, given):
 
 
 def test_report(model):
-    assert "kept between denoising steps: text of SanaTransformer2DModel" in str(sana_ext.patch(model, cache_text=True))
+    assert "cached between denoising steps: text of SanaTransformer2DModel" in str(
+        sana_ext.patch(model, cache_text=True)
+    )
     block = transformer().transformer_blocks[0]
     assert "no SanaTransformer2DModel" in sana_ext.patch(block, cache_text=True).skipped[KEPT]
 

@@ -41,7 +41,7 @@ class Grey:
     def preview(self, state):
         return [grey(0.5 * quality(s) + 0.5 * quality(Seed(*s[:2], s.candidate + 1000))) for s, _ in state]
 
-    def keep(self, state, indices):
+    def select(self, state, indices):
         return [state[i] for i in indices]
 
     def finish(self, state):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from sana15 import SanaConfig, SanaTransformer
-from sana15.autoencoder import MINI, Autoencoder
+from sana15.autoencoder import MINI_SIZES, Autoencoder
 from sana15.scenes.prompts import word_list
 from sana15.text import MiniTextEncoder
 from sana15.transformer_checkpoint import save_transformer
@@ -39,7 +39,7 @@ def make_published(folder: Path) -> Path:
     stages = {"block_types": ["ResBlock"] * 6, "block_out_channels": (16,) * 6, "layers_per_block": (1,) * 6}
     stages |= {"qkv_multiscales": ((),) * 6}
     sides = {f"{side}_{name}": value for name, value in stages.items() for side in ("encoder", "decoder")}
-    Autoencoder.build(MINI | sides).model.save_pretrained(folder / "vae")
+    Autoencoder.build(MINI_SIZES | sides).model.save_pretrained(folder / "vae")
     return folder
 
 
@@ -47,7 +47,7 @@ def make(folder: Path, **changes: int) -> Path:
     torch.manual_seed(0)
     save_transformer(SanaTransformer(SanaConfig(**SIZES | changes)), folder / "transformer", dtype=torch.float16)
     MiniTextEncoder(list(word_list()), width=16, heads=2).save(folder / "text_encoder")
-    Autoencoder.build(MINI).model.half().save_pretrained(folder / "vae")
+    Autoencoder.build(MINI_SIZES).model.half().save_pretrained(folder / "vae")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text('{"flow_shift": 1.0}')
     return folder

@@ -37,7 +37,7 @@ MISSING = math.log(LIKELY)  # of an object that was asked for and not found
 SHARPNESS = 12.0  # of a relation's probability around GenEval's limit of 0.5
 
 
-class Detector(nn.Module):
+class SceneDetector(nn.Module):
     """[B, 3, 64, 64] in -1..1 -> [B, 23, 16, 16]. 0.2 million parameters at the default width."""
 
     def __init__(self, width: int = 48, blocks: int = 4) -> None:
@@ -67,7 +67,7 @@ class Residual(nn.Module):
 
 
 @dataclass(frozen=True)
-class Found:
+class SeenObject:
     """One object as the network sees it."""
 
     centre: tuple[float, float]  # pixels
@@ -87,7 +87,7 @@ def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def find(out: torch.Tensor) -> list[Found]:
+def find(out: torch.Tensor) -> list[SeenObject]:
     """The objects in one picture's output [23, 16, 16]: local maxima of the centre's probability."""
     out = out.double()
     there = out[CENTRE].sigmoid()
@@ -96,7 +96,7 @@ def find(out: torch.Tensor) -> list[Found]:
     for y, x in ((there == highest) & (there > LIKELY)).nonzero().tolist():
         cell = out[:, y, x]
         dx, dy = cell[OFFSET].tolist()
-        found.append(Found(
+        found.append(SeenObject(
             centre=((x + 0.5 + dx) * STRIDE, (y + 0.5 + dy) * STRIDE),
             diameter=20 * math.exp(min(max(float(cell[SIZE]), -2), 2)), there=float(there[y, x]),
             well_formed=float(nn.functional.logsigmoid(cell[WELL_FORMED])),
@@ -105,7 +105,7 @@ def find(out: torch.Tensor) -> list[Found]:
     return sorted(found, key=lambda o: -o.there)[:8]
 
 
-def probability(found: Sequence[Found], line: Mapping[str, Any]) -> float:
+def probability(found: Sequence[SeenObject], line: Mapping[str, Any]) -> float:
     """That exactly the objects of GenEval's metadata are there, well formed, in their colours and places.
 
     Each object that is asked for takes the one found that suits it best, all together; the others should not be there.
@@ -133,7 +133,7 @@ def probability(found: Sequence[Found], line: Mapping[str, Any]) -> float:
     return math.exp(min(total, 0.0))
 
 
-def _relation(relation: str, subject: Found, reference: Found) -> float:
+def _relation(relation: str, subject: SeenObject, reference: SeenObject) -> float:
     """Log probability of GenEval's relation: a soft step around its limit."""
     offset = [s - r for s, r in zip(subject.centre, reference.centre)]
     slack, length = 0.1 * (subject.diameter + reference.diameter), max(math.hypot(*offset), 1e-6)
@@ -147,7 +147,7 @@ class LearnedJudge:
 
     name = "learned"
 
-    def __init__(self, network: Detector, source: str = "unsaved", training: dict[str, Any] | None = None) -> None:
+    def __init__(self, network: SceneDetector, source: str = "unsaved", training: dict[str, Any] | None = None) -> None:
         self.network, self.source, self.training = network.eval(), source, training or {}
 
     @staticmethod
@@ -164,7 +164,7 @@ class LearnedJudge:
         values = read_json(root / "config.json")
         try:
             with using(torch.default_generator), torch.random.fork_rng(devices=[]):  # reading is no draw
-                network = Detector(int(values["width"]), int(values["blocks"]))
+                network = SceneDetector(int(values["width"]), int(values["blocks"]))
             network.load_state_dict({k: v.float() for k, v in read_tensors(root / "model.safetensors").items()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{root} does not fit its config: {' '.join(str(error).split())[:200]}") from None
@@ -196,7 +196,7 @@ class LearnedJudge:
         return [_verdict(probability(objects, asked), objects) for objects in found]
 
 
-def _verdict(p: float, objects: Sequence[Found]) -> Verdict:
+def _verdict(p: float, objects: Sequence[SeenObject]) -> Verdict:
     seen = ", ".join(
         f"{COLOR_NAMES[int(o.colors.argmax())]} {SHAPES[int(o.shapes.argmax())]}" for o in objects if o.there > 0.5
     )

@@ -27,7 +27,7 @@ from ..scenes.render import render
 from ..scenes.scene import Object, Scene, pick, sample_scene, uniform
 from ..scenes.training import WEIGHTS, sample_spec
 from ..scenes.vocabulary import COLOR_NAMES, SHAPES
-from .learned import CENTRE, COLOR, GRID, OFFSET, SHAPE, SIZE, STRIDE, WELL_FORMED, Detector, LearnedJudge
+from .learned import CENTRE, COLOR, GRID, OFFSET, SHAPE, SIZE, STRIDE, WELL_FORMED, LearnedJudge, SceneDetector
 
 DAMAGED = 0.4  # part of the pictures with one malformed object
 LATENT_NOISE = 0.25  # the largest, in standard deviations of the latents
@@ -136,7 +136,7 @@ def train(
     require_one_process("training a judge")
     with using(torch.default_generator):
         torch.manual_seed(seed)
-        network = Detector(width, blocks)
+        network = SceneDetector(width, blocks)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
     warm_up = max(steps // 20, 1)
     through = Autoencoder.load(autoencoder) if autoencoder else None

@@ -122,7 +122,7 @@ class PromptSearch:
             if states[k] is None:
                 states[k] = self._start(first[k])
                 for step, kept in history[k]:
-                    states[k] = self.generator.keep(self.generator.advance(states[k], step), kept)
+                    states[k] = self.generator.select(self.generator.advance(states[k], step), kept)
             return states[k]
 
         first, done = [list(chunk) for chunk in chunks], 0
@@ -145,7 +145,7 @@ class PromptSearch:
                     kept = [i for i, c in enumerate(chunk) if c in best]
                     history[k].append((step, kept))
                     if states[k] is not None:
-                        states[k] = self.generator.keep(self.generator.advance(states[k], step), kept)
+                        states[k] = self.generator.select(self.generator.advance(states[k], step), kept)
                     chunks[k] = [chunk[i] for i in kept]
                 done = step
             for k, chunk in enumerate(chunks):
@@ -155,7 +155,7 @@ class PromptSearch:
         finally:
             for left in states:  # pictures of a foreign pipeline that wait in their threads
                 if left is not None:
-                    self.generator.keep(left, [])
+                    self.generator.select(left, [])
 
     def prefers(self, a: int, b: int) -> int:
         """1, -1 or 0: a is better, b is better, or the judge says otherwise when it sees them in the other order."""

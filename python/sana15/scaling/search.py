@@ -33,7 +33,7 @@ BATCH_MINI, BATCH = 32, 1  # pictures computed at once where nothing is said
 
 
 @dataclass(frozen=True)
-class Found:
+class PromptResult:
     """The result for one prompt; `picked` are candidates, best first, `scores` theirs (None: by comparison only)."""
 
     index: int
@@ -57,7 +57,7 @@ class SearchResult:
     """The result of a search; lists by prompt of this shard."""
 
     out: Path
-    found: list[Found]
+    found: list[PromptResult]
     retries: int
 
     @property
@@ -197,7 +197,7 @@ def search(
 
 def _run(
     searches: list[PromptSearch], policy: str, stop_at: float | None, progress: Callable[[int, int], None] | None
-) -> list[Found]:
+) -> list[PromptResult]:
     together = policy == "bandit"
     picked: list[list[int] | JudgeFailed] = []
     for i in range(0, len(searches), len(searches) if together else 1):
@@ -213,12 +213,14 @@ def _run(
         verdicts = {c: v[0] for c, v in s.verdicts.items()}
         picked_scores = [scores.get(c) for c in best]
         found.append(
-            Found(s.index, s.line, best, picked_scores, len(s.made), s.spent, str(chosen) if failed else "", verdicts)
+            PromptResult(
+                s.index, s.line, best, picked_scores, len(s.made), s.spent, str(chosen) if failed else "", verdicts
+            )
         )
     return found
 
 
-def _as_json(found: Sequence[Found]) -> dict[str, Any]:
+def _as_json(found: Sequence[PromptResult]) -> dict[str, Any]:
     prompts = [
         {
             "index": f.index, "prompt": f.line["prompt"], "picked": f.picked, "scores": f.scores, "made": f.made,
