@@ -213,7 +213,7 @@ def test_a_file_system_without_locks_is_said_and_works(model, tmp_path, monkeypa
     assert main(["grow", str(model), str(tmp_path / "new"), "--layers", "3"]) == 0
     Ledger(tmp_path / "ledger").close()
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["ledger", "new"]
-    (said,) = [r.message for r in caplog.records if r.name == "sana15"]
+    (said,) = [r.message for r in caplog.records if r.name == "sana15.concurrency"]
     assert "this file system has no locks (No locks available)" in said
 
 

@@ -109,13 +109,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_is_passed_over(damage, file, run, capsys):
+def test_a_damaged_newest_checkpoint_is_passed_over(damage, file, run, caplog):
     run.save(1, 2)
     good = load_file(path_of(run, 1))
     DAMAGES[damage](path_of(run, 2, file))
     assert run.resume() == 1
     assert all(torch.equal(v, good[k]) for k, v in run.model.state_dict().items())
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
     assert f"{run.out}/checkpoint-00000002 is passed over" in line
 
 

@@ -5,6 +5,7 @@ Both are diffusers' AutoencoderDC; this wrapper fixes the ranges, the scaling fa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ MINI_SIZES = {
     "downsample_block_type": "conv",
     "scaling_factor": 1.0,
 }
+
+
+def factor_of(stages: Sequence[int]) -> int:
+    """Returns the pixels per latent along a side, of an autoencoder with these stages: each after the first halves the side."""
+    return 2 ** (len(stages) - 1)
 
 
 class Autoencoder(nn.Module):
@@ -69,7 +75,7 @@ class Autoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """Pixels per latent along a side."""
-        return 2 ** (len(self.model.config.encoder_block_out_channels) - 1)
+        return factor_of(self.model.config.encoder_block_out_channels)
 
     @property
     def channels(self) -> int:

@@ -26,7 +26,7 @@ R = TypeVar("R")
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 PATIENCE = 2.0  # seconds for which another run may be making the same folder
 
-_logger = logging.getLogger("sana15")
+_logger = logging.getLogger(__name__)
 _held: dict[Path, int] = {}  # lock file -> thread that holds it
 _open: set[int] = set()  # descriptors of held locks
 _guard = threading.Lock()

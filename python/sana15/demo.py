@@ -44,14 +44,13 @@ ROUNDS = 3  # of the timing
 @claiming(lambda given: given["args"].out)
 def run(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
+    settings, lines = Sampling(seed=args.seed, steps=args.steps), chosen_prompts(args.per_category)
     pipe = Pipeline.from_pretrained(args.model, device=resolved(args.device))
     if pipe.picture_size(None, None) != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
             f"--model {args.model} does not make {IMAGE_SIZE}x{IMAGE_SIZE} pictures, which the checker judges"
         )
     out = Path(args.out)
-    settings = Sampling(seed=args.seed, steps=args.steps)
-    lines = chosen_prompts(args.per_category)
     items = [Item(line["prompt"], index, 0) for index, line in enumerate(lines)]
     model = pipe.identity()
     parameters = sum(p.numel() for p in pipe.transformer.parameters())

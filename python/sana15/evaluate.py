@@ -15,8 +15,6 @@ from .scores import as_json, compare, score_table, show, show_comparison
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.resamples < 1:
-        raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
     if args.json and args.json != "-" and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
     if args.device != "auto" and not args.detector:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .sampling import SAMPLERS as SAMPLERS
+from .sampling import check_schedule
+
 TRAIN_STEPS = 1000
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (latents [B, ...], timestep [B]) -> velocity [B, ...]
-SAMPLERS = ("flow_dpm", "flow_euler")
 
 
 def shift(sigma: float, factor: float) -> float:
@@ -79,10 +81,7 @@ class Schedule:
 
 def schedule(steps: int, *, sampler: str = "flow_dpm", flow_shift: float = 3.0) -> Schedule:
     """The levels of diffusers' DPMSolverMultistepScheduler (flow sigmas) or FlowMatchEulerDiscreteScheduler for SANA."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    check_schedule(steps, sampler)
     if sampler == "flow_dpm":
         # 1 - linspace(1, 0.001, steps + 1), shifted, reversed; the level 0 is left out and 0 is appended.
         levels = [(1 - 1 / TRAIN_STEPS) * (steps - i) / steps for i in range(steps)]

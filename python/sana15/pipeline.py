@@ -14,7 +14,7 @@ from PIL import Image
 import sana_ext
 
 from . import flow
-from .autoencoder import Autoencoder
+from .autoencoder import Autoencoder, factor_of
 from .config import SanaConfig
 from .files import DataError, read_json
 from .guidance import GuidedVelocity, stack
@@ -118,16 +118,7 @@ class Pipeline:
 
     def picture_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) in pixels, the native size for None; ValueError for a size that the model cannot make."""
-        factor = self.autoencoder.factor * self.config.patch_size
-        native = self.config.sample_size * self.autoencoder.factor
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and not (
-                isinstance(side, int) and factor <= side <= LARGEST * native and side % factor == 0
-            ):
-                raise ValueError(
-                    f"{name} must be a multiple of {factor} from {factor} to {LARGEST * native} pixels, got {side}"
-                )
-        return height or native, width or native
+        return _size(self.config, self.autoencoder.factor, height, width)
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(channels, h, w) of a picture's latents."""
@@ -355,3 +346,33 @@ def describe(pipe: Pipeline, settings: Sampling, item: Item, model: dict[str, st
         "model_sha256": model["sha256"],
         "version": sana_ext.__version__,
     }
+
+
+def check_folder_size(source: str | Path, height: int | None, width: int | None) -> None:
+    """ValueError for a size that the model of a pipeline folder (or "mini") cannot make; weights are not read.
+
+    A folder without readable configurations passes: loading it says what is wrong.
+    """
+    if height is None and width is None:
+        return
+    try:
+        root = pipeline_root(source)
+        config = SanaConfig.load(root / "transformer")
+        stages = read_json(root / "vae" / "config.json")["encoder_block_out_channels"]
+        factor = factor_of(stages)
+    except (OSError, DataError, KeyError, TypeError):
+        return
+    _size(config, factor, height, width)
+
+
+def _size(config: SanaConfig, latent: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) in pixels, `latent` of them along a latent's side; the native size for None."""
+    factor, native = latent * config.patch_size, latent * config.sample_size
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and not (
+            isinstance(side, int) and factor <= side <= LARGEST * native and side % factor == 0
+        ):
+            raise ValueError(
+                f"{name} must be a multiple of {factor} from {factor} to {LARGEST * native} pixels, got {side}"
+            )
+    return height or native, width or native

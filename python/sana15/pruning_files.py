@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from .pruning import check_keep, choose, pruned_config, strategy
 from .pruning_choice import Choice
 from .trajectory import CalibrationBatch, calibration, calibration_prompts
 from .values import parse_bytes
+
+_logger = logging.getLogger(__name__)
 
 
 @claiming(lambda given: given["target"], new=True)
@@ -73,7 +75,7 @@ def prune_folder(
     by = strategy(by, indices is not None, importance is not None)
     if heal is not None or by in ("search", "learned"):
         require_one_process("healing")
-    layers, weights = origin.config.num_layers, origin.weights()
+    layers = origin.config.num_layers
     if keep is not None:
         check_keep(keep, layers)
     if heal is not None:
@@ -81,6 +83,7 @@ def prune_folder(
             raise ValueError(f"all {layers} blocks are kept: there is nothing to heal")
         if not origin.pipeline:
             raise ValueError(f"{origin.root} is a transformer alone and cannot be healed; it takes a whole pipeline")
+    weights = origin.weights()
     measuring = indices is None and importance is None
     if measuring and not origin.pipeline:
         raise ValueError(
@@ -205,7 +208,7 @@ def run(args: argparse.Namespace) -> None:
         importance = Importance.load(args.importance)
         measured = importance.settings.get("model", {})
         if measured.get("sha256") and measured["sha256"] != weights_sha256(source.transformer):
-            print(f"note: {args.importance} was measured on other weights ({measured.get('name')})", file=sys.stderr)
+            _logger.warning("note: %s was measured on other weights (%s)", args.importance, measured.get("name"))
     heal = None
     if args.heal is not None:
         heal = Healing(

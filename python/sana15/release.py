@@ -139,6 +139,12 @@ def _nested(stored: Any, ema: bool, path: Path) -> Mapping[str, Any]:
     return stored
 
 
+def _check_changes(changes: Mapping[str, Any]) -> None:
+    unknown = sorted(changes.keys() - {f.name for f in dataclasses.fields(SanaConfig)})
+    if unknown:
+        raise ValueError(f"unknown configuration key {unknown[0]}")
+
+
 def infer_config(weights: Weights, where: str, changes: Mapping[str, Any] | None = None) -> SanaConfig:
     """The configuration that the shapes and the position table say; `changes` has the last word.
 
@@ -150,9 +156,7 @@ def infer_config(weights: Weights, where: str, changes: Mapping[str, Any] | None
         DataError: this is no SANA checkpoint. ValueError: unknown names in `changes`, or a width that was never published.
     """
     changes = dict(changes or {})
-    unknown = sorted(changes.keys() - {f.name for f in dataclasses.fields(SanaConfig)})
-    if unknown:
-        raise ValueError(f"unknown configuration key {unknown[0]}")
+    _check_changes(changes)
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in weights:
@@ -324,6 +328,7 @@ def convert(
         config, weights = SanaConfig.load(source), folder_weights(source)
         require_fit(weights, parameter_shapes(config), str(source))
     else:
+        _check_changes(changes or {})
         stored = read_release(source, ema=ema)
         config = infer_config(stored, str(source), changes)
         weights = from_release(stored, config, str(source))

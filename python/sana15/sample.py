@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from .concurrency import claiming
 from .device import resolved
 from .files import DataError
 from .pictures import read_png, save_png
-from .pipeline import Pipeline, describe
+from .pipeline import Pipeline, check_folder_size, describe
 from .sampling import Item, Sampling
 from .scenes.prompts import parse
 from .text import is_mini
+
+_logger = logging.getLogger(__name__)
 
 # How many pictures are computed at once where --batch-size does not say: the mini model's and the published sizes'.
 BATCH_MINI, BATCH = 32, 1
@@ -34,13 +37,10 @@ def settings_of(args: argparse.Namespace) -> Sampling:
 
 @claiming(lambda given: given["args"].out)
 def run(args: argparse.Namespace) -> None:
-    if bool(args.prompt) == bool(args.prompts):
-        raise ValueError("give prompts or --prompts FILE, one of the two")
-    if args.n < 1:
-        raise ValueError(f"--n must be at least 1, got {args.n}")
     settings, out = settings_of(args), Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
+    check_folder_size(args.model, settings.height, settings.width)
     lines = geneval.read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt]
     pipe = Pipeline.from_pretrained(args.model, device=resolved(args.device))
     lines = [checked(pipe, line, i, args.prompts) for i, line in enumerate(lines)]
@@ -111,7 +111,8 @@ def is_there(path: Path, expected: dict[str, Any]) -> bool:
         return False
     try:
         _, values = read_png(path)
-    except DataError:
+    except DataError as error:
+        _logger.info("%s is made again: %s", path, error)
         return False
     if values is None:
         raise ValueError(f"{path} was not made by sana15 sample; choose another --out")

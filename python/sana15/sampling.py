@@ -24,6 +24,17 @@ class Seed(NamedTuple):
         return int(np.random.SeedSequence(self).generate_state(1, np.uint64)[0] >> 1)
 
 
+SAMPLERS = ("flow_dpm", "flow_euler")
+
+
+def check_schedule(steps: int, sampler: str) -> None:
+    """Raises ValueError for an unknown sampler or for steps that are none."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+
+
 def check_training_seed(seed: int) -> None:
     """ValueError for a seed that a generator for each training step cannot be made from."""
     if not 0 <= seed < 2**32:
@@ -61,6 +72,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer from 0 on, got {self.seed!r}")
+        check_schedule(self.steps, SAMPLERS[0] if self.sampler is None else self.sampler)
         if self.guidance is not None and not is_finite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance!r}")
         if self.guidance_interval is not None and not is_interval(self.guidance_interval):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import time
@@ -36,6 +37,8 @@ from .measuring import evaluating, unchanged
 from .soap import SOAP
 from .train_checkpoints import checkpoints, remove_old, require_free, resume, save, take_over
 from .train_config import TrainConfig, load_config
+
+_logger = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -86,6 +89,8 @@ def train(config: TrainConfig) -> Path:
     average = Average(task.module, config.ema)
     first, averaged = resume(out, task.module, optimizer)
     require_free(out, lambda step: first < step <= config.steps and save_is_due(config, step))
+    if first:
+        _logger.info("%s: training goes on after step %d of %d", out, first, config.steps)
     average.values = averaged or average.values
     remove_old(out, first, config.keep)  # as the run would have done that was killed
     if not first and isinstance(task, TransformerTask) and config.transformer.start_run:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from .checkpoint import file_weights
 from .files import DataError, open_tensors, remove_left, replace_folder, require_finite, staging, write_tensors
 from .growth_training import NAME, grow_optimizer_state, source_name
 from .train_config import load_config
+
+_logger = logging.getLogger(__name__)
 
 FOLDER = re.compile(r"checkpoint-([0-9]{8})")
 FILES = ("weights", "average", "optimizer")
@@ -115,7 +117,7 @@ def _newest(out: Path, module: nn.Module | None, parameters: int | None) -> tupl
             trouble.append((folder, error))
             continue
         for passed, why in trouble:
-            print(f"warning: {passed} is passed over for {folder.name}: {_line(why)}", file=sys.stderr)
+            _logger.warning("warning: %s is passed over for %s: %s", passed, folder.name, _line(why))
         return step, folder, stored
     if trouble:
         raise DataError(f"{out} has no whole checkpoint ({len(trouble)} tried); the newest: {_line(trouble[0][1])}")

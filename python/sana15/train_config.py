@@ -49,6 +49,8 @@ class TransformerConfig:
             raise ValueError(f"transformer.export must be one of {', '.join(DTYPES)}, got {self.export!r}")
         if not self.flow_weight >= 0 or (self.flow_weight == 0 and not self.distill):
             raise ValueError("transformer.flow_weight must be above 0, or 0 beside a transformer.distill")
+        if any(not rate >= 0 for rate in (self.old_lr, self.new_lr)) or self.freeze_old < 0:
+            raise ValueError("transformer.old_lr, new_lr and freeze_old must be at least 0")
         if self.start_run and not self.start:
             raise ValueError("transformer.start_run needs a transformer.start")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import bootstrap_options
+from .options import bootstrap_options, require_seed
 
 
 def add(commands: Any) -> None:
@@ -19,6 +19,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.resamples < 1:
+        raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
+    require_seed(args)
     from ..scaling.curve import run
 
     run(args)

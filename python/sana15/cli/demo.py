@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import device_option
+from .options import device_option, require_positive, require_seed
 
 
 def add(commands: Any) -> None:
@@ -21,6 +21,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_positive(args, "steps")
+    require_seed(args)
     from ..demo import run
 
     run(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import bootstrap_options, device_option
+from .options import bootstrap_options, device_option, require_seed
 
 
 def add(commands: Any) -> None:
@@ -31,6 +31,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.resamples < 1:
+        raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
+    require_seed(args)
     from ..evaluate import run
 
     run(args)

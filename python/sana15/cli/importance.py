@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import calibration_options
+from .options import calibration_options, require_calibration
 
 
 def add(commands: Any) -> None:
@@ -21,6 +21,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_calibration(args)
+    if not 1 <= args.bins <= 1000:
+        raise ValueError(f"bins must be 1 to 1000, got {args.bins}")
     from ..importance_report import run
 
     run(args)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .options import require_positive
+
 
 def add(commands: Any) -> None:
     info = commands.add_parser("info", help="parameters and sizes of a published size or a transformer folder")
@@ -19,6 +21,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.memory:
+        require_positive(args, "batch", "latent", words="at least 1")
     import torch
 
     from ..config import SanaConfig

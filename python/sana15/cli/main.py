@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..redaction import guard_tracebacks, redacted
 from . import (
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_of_kernels)
     args = parser().parse_args(arguments)
     try:
-        return args.run(args) or 0
+        with _messages_on_stderr():
+            return args.run(args) or 0
     except Exception as error:
         found = _explained(error)
         if found is None:
@@ -75,8 +77,30 @@ def _is_not_of_kernels(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
+class _Stderr(logging.StreamHandler[Any]):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+@contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    """Shows what the commands say beside their result; every module of sana15 says it to its logger."""
+    logger = logging.getLogger("sana15")
+    handler, level = _Stderr(sys.stderr), logger.level
+    logger.addHandler(handler)
+    if level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def _explained(error: Exception) -> tuple[object, int] | None:
     """A user's error as what is said of it and the exit code; None for every other error."""
+    if type(error) is ValueError:  # such as an option that is refused before torch, which files needs, is imported
+        return error, 2
     from ..device import trouble
     from ..files import DataError
 

@@ -45,3 +45,23 @@ def sampling_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", default="", metavar="PROMPT", help="what guidance leads away from")
     command.add_argument("--height", type=int, metavar="PIXELS")
     command.add_argument("--width", type=int, metavar="PIXELS")
+
+
+def require_positive(args: argparse.Namespace, *names: str, words: str = "a positive integer") -> None:
+    """ValueError for an option that is given and below 1. What the model need not be asked is refused before it is loaded."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be {words}, got {value}")
+
+
+def require_seed(args: argparse.Namespace) -> None:
+    if args.seed < 0:
+        raise ValueError(f"seed must be an integer from 0 on, got {args.seed}")
+
+
+def require_calibration(args: argparse.Namespace) -> None:
+    """ValueError for calibration_options out of range."""
+    require_positive(args, "count", words="at least 1")
+    require_positive(args, "steps", "batch_size")
+    require_seed(args)

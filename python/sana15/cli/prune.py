@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import calibration_options
+from .options import calibration_options, require_calibration, require_positive
 
 
 def add(commands: Any) -> None:
@@ -54,6 +54,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_positive(args, "candidates", "trial_steps", "learning_steps", "group", "rank")
+    if (args.indices is None and args.importance is None) or args.heal_on == "samples":
+        require_calibration(args)
     from ..pruning_files import run
 
     run(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import sampling_options
+from .options import require_positive, require_seed, sampling_options
 
 
 def add(commands: Any) -> None:
@@ -23,6 +23,12 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if bool(args.prompt) == bool(args.prompts):
+        raise ValueError("give prompts or --prompts FILE, one of the two")
+    if args.n < 1:
+        raise ValueError(f"--n must be at least 1, got {args.n}")
+    require_positive(args, "steps", "batch_size")
+    require_seed(args)
     from ..sample import run
 
     run(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import sampling_options
+from .options import require_positive, require_seed, sampling_options
 
 
 def add(commands: Any) -> None:
@@ -44,6 +44,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require_positive(args, "n", "pick", "steps", "batch_size")
+    require_seed(args)
     from ..scaling.command import run
 
     return run(args)

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from ..redaction import redacted
-from .base import Judge, JudgeFailed, Patient, Verdict, mean_ranks
+from .base import Judge, JudgeFailed, Patient, Verdict, check_patience, mean_ranks
 
-__all__ = ["Judge", "JudgeFailed", "Patient", "Verdict", "make", "mean_ranks"]
+__all__ = ["Judge", "JudgeFailed", "Patient", "Verdict", "check_name", "check_patience", "make", "mean_ranks"]
+
+KINDS = ("scenes", "learned", "clip", "vlm", "http", "https")
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that no judge has; nothing is loaded."""
+    kind, _, rest = name.partition(":")
+    if kind not in KINDS or (kind == "scenes" and name != kind):
+        raise ValueError(
+            f"unknown judge {redacted(name)!r}; one of scenes, learned[:DIR], clip:MODEL, vlm:MODEL, http://HOST/v1#MODEL"
+        )
+    if kind in ("clip", "vlm") and not rest:
+        raise ValueError(f"--judge {kind} needs a model: {kind}:MODEL")
 
 
 def make(name: str, device: str = "cpu") -> Judge:
@@ -19,6 +32,7 @@ def make(name: str, device: str = "cpu") -> Judge:
     Raises:
         ValueError: no such judge. FileNotFoundError, DataError: its files are missing or damaged.
     """
+    check_name(name)
     kind, _, rest = name.partition(":")
     if kind in ("http", "https"):
         from .server import ServerJudge
@@ -33,13 +47,7 @@ def make(name: str, device: str = "cpu") -> Judge:
         from .learned import LearnedJudge
 
         return LearnedJudge.load(rest or None)
-    if kind in ("clip", "vlm"):
-        if not rest:
-            raise ValueError(f"--judge {kind} needs a model: {kind}:MODEL")
-        from .clip import ClipJudge
-        from .vlm import VisionLanguageJudge
+    from .clip import ClipJudge
+    from .vlm import VisionLanguageJudge
 
-        return ClipJudge.load(rest, device) if kind == "clip" else VisionLanguageJudge.load(rest, device)
-    raise ValueError(
-        f"unknown judge {redacted(name)!r}; one of scenes, learned[:DIR], clip:MODEL, vlm:MODEL, http://HOST/v1#MODEL"
-    )
+    return ClipJudge.load(rest, device) if kind == "clip" else VisionLanguageJudge.load(rest, device)

@@ -48,6 +48,12 @@ class JudgeFailed(Exception):
     """A judge gave no usable verdict, however often it was asked."""
 
 
+def check_patience(attempts: int, timeout: float, backoff: float = 1.0) -> None:
+    """Raises ValueError for numbers that a Patient cannot have."""
+    if attempts < 1 or not timeout > 0 or not backoff >= 0:
+        raise ValueError(f"attempts, timeout and backoff must be positive, got {attempts}, {timeout}, {backoff}")
+
+
 class Patient:
     """Asks a judge again, with growing pauses, when it fails, takes too long or returns nonsense.
 
@@ -60,8 +66,7 @@ class Patient:
     """
 
     def __init__(self, judge: Judge, *, attempts: int = 3, timeout: float = 120.0, backoff: float = 1.0) -> None:
-        if attempts < 1 or not timeout > 0 or not backoff >= 0:
-            raise ValueError(f"attempts, timeout and backoff must be positive, got {attempts}, {timeout}, {backoff}")
+        check_patience(attempts, timeout, backoff)
         self.inner, self.attempts, self.timeout, self.backoff = judge, attempts, timeout, backoff
         self.name, self.retries = judge.name, 0
 

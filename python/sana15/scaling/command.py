@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,11 +12,13 @@ from tqdm import tqdm
 from ..device import resolved
 from ..files import replacing
 from ..geneval import read_prompts
-from ..pipeline import Pipeline
+from ..judges import check_name, check_patience
+from ..pipeline import Pipeline, check_folder_size
 from ..sample import checked, settings_of
-from .search import SearchResult, search
+from .search import SearchResult, check_options, check_shard, search
 from .sheet import candidate_grid, scored
 
+_logger = logging.getLogger(__name__)
 UNJUDGED = 4  # exit code
 
 
@@ -26,6 +28,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--shard must be I/N, such as 0/4, got {args.shard}")
     lines = read_prompts(args.prompts)
     settings = vars(settings_of(args))
+    names = args.judge or ["learned"]
+    check_options(args.n, args.pick, args.policy, args.stop_at, len(names))
+    for name in names:
+        check_name(name)
+    check_patience(args.attempts, args.timeout)
+    check_shard(int(shard[1]), int(shard[2]), len(lines))
+    check_folder_size(args.model, args.height, args.width)
     pipe = Pipeline.from_pretrained(args.model, device=resolved(args.device))
     lines = [checked(pipe, line, i, args.prompts) for i, line in enumerate(lines)]
     with tqdm(desc="searching", unit="prompt", disable=None) as bar:
@@ -35,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         result = search(
-            pipe, lines, out=args.out, n=args.n, pick=args.pick, judge=args.judge or ["learned"], policy=args.policy,
+            pipe, lines, out=args.out, n=args.n, pick=args.pick, judge=names, policy=args.policy,
             budget=args.budget, batch_size=args.batch_size, stop_at=args.stop_at,
             shard=(int(shard[1]), int(shard[2])), attempts=args.attempts, timeout=args.timeout, progress=progress,
             **settings,
@@ -47,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             candidate_grid(tiles).save(partial, format="PNG")
         print(f"{grid} shows the first prompts' candidates, sorted by score")
     for index, reason in result.unjudged:
-        print(f"sana15 search: prompt {index} is unjudged: {reason}", file=sys.stderr)
+        _logger.warning("sana15 search: prompt %d is unjudged: %s", index, reason)
     return UNJUDGED if result.unjudged else 0
 
 

@@ -182,8 +182,6 @@ def markdown(curve: Curve) -> str:
 def run(args: argparse.Namespace) -> None:
     """`sana15 curve`."""
     root = Path(args.folder)
-    if args.resamples < 1:
-        raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
     path = Path(args.out) if args.out else root / "curve.png"
     if args.out and not path.parent.is_dir():
         raise ValueError(f"--out {path}: there is no folder {path.parent}")

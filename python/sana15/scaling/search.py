@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from ..text import is_mini
 from .ledger import Ledger
 from .policies import POLICIES
 from .prompt import PromptSearch, Spent
+
+_logger = logging.getLogger(__name__)
 
 BATCH_MINI, BATCH = 32, 1  # pictures computed at once where nothing is said
 
@@ -257,27 +260,12 @@ def _check(
         if not isinstance(line.get("prompt"), str):
             raise ValueError(f'prompt {index} has no text "prompt"')
     generator.check([line["prompt"] for line in lines])
-    for name, value in (("n", n), ("pick", pick)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if pick > n:
-        raise ValueError(f"pick must be at most n = {n}, got {pick}")
-    if policy not in POLICIES:
-        raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
-    kind = POLICIES[policy]
-    if kind.previews and not generator.can_pause:
+    check_options(n, pick, policy, stop_at, len(judges))
+    if POLICIES[policy].previews and not generator.can_pause:
         why = generator.no_pause() if isinstance(generator, DiffusersGenerator) else None
         reason = "" if why is None else f": {why}"
         raise ValueError(
             f"{policy} needs previews, and {type(generator).__name__} says this pipeline cannot pause{reason}"
-        )
-    if kind.threshold and stop_at is None:
-        raise ValueError(f"{policy} needs stop_at, the score that is good enough")
-    if stop_at is not None and not (policy in ("stop", "bandit") and math.isfinite(stop_at)):
-        raise ValueError(f"stop_at must be a finite number, for stop or bandit only; got {stop_at!r} for {policy}")
-    if len(judges) > 1 and policy in ("stop", "bandit"):
-        raise ValueError(
-            f"{policy} needs one judge: ranks among a prompt's pictures mean nothing from prompt to prompt"
         )
     if budget is not None:
         # The least is `pick` pictures for every prompt, whatever the policy makes of them.
@@ -286,9 +274,32 @@ def _check(
             raise ValueError(
                 f"budget must be at least {least} for {pick} pictures of each of {len(lines)} prompts, got {budget!r}"
             )
-    i, of = shard
-    if not 0 <= i < of or of > len(lines):
-        raise ValueError(f"shard must be i/n with 0 <= i < n <= {len(lines)} prompts, got {i}/{of}")
+    check_shard(*shard, len(lines))
+
+
+def check_options(n: int, pick: int, policy: str, stop_at: float | None, judges: int) -> None:
+    """ValueError for options of a search that cannot be, whatever the pipeline; `judges` is their number."""
+    for name, value in (("n", n), ("pick", pick)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if pick > n:
+        raise ValueError(f"pick must be at most n = {n}, got {pick}")
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
+    if POLICIES[policy].threshold and stop_at is None:
+        raise ValueError(f"{policy} needs stop_at, the score that is good enough")
+    if stop_at is not None and not (policy in ("stop", "bandit") and math.isfinite(stop_at)):
+        raise ValueError(f"stop_at must be a finite number, for stop or bandit only; got {stop_at!r} for {policy}")
+    if judges > 1 and policy in ("stop", "bandit"):
+        raise ValueError(
+            f"{policy} needs one judge: ranks among a prompt's pictures mean nothing from prompt to prompt"
+        )
+
+
+def check_shard(i: int, of: int, prompts: int) -> None:
+    """ValueError unless there is a part `i` of `of`, each with a prompt."""
+    if not 0 <= i < of or of > prompts:
+        raise ValueError(f"shard must be i/n with 0 <= i < n <= {prompts} prompts, got {i}/{of}")
 
 
 def _claim(root: Path, settings: dict[str, Any], device: str) -> int:
@@ -310,6 +321,7 @@ def _claim(root: Path, settings: dict[str, Any], device: str) -> int:
             for name, value in settings.items():
                 if recorded.get(name) != value:
                     raise ValueError(f"{root} is another run: its {name} differs; choose another --out")
+            _logger.info("%s holds this run already: finished images and verdicts are used", root)
         else:
             if any(not p.name.startswith(".") for p in root.iterdir()):
                 raise ValueError(f"{root} holds something else; choose another --out")
