@@ -37,7 +37,7 @@ def test_autoencoder_learns_and_exports(autoencoder):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "came8bit", "came", "soap"])
 def test_an_interrupted_run_ends_with_the_same_weights(optimizer, tmp_path):
     betas = "betas=[0.9,0.999,0.9999]" if "came" in optimizer else "betas=[0.9,0.99]"
-    common = [*TINY, f"optimizer={optimizer}", betas, "task=autoencoder", "steps=6", "seed=3"]
+    common = [*TINY, f"optimizer={optimizer}", betas, "task=autoencoder", "batch_size=2", "steps=6", "seed=3"]
     straight = train(load_config(None, [*common, f"out={tmp_path / 'a'}"]))
     train(load_config(None, [*common[:-2], "steps=4", "seed=3", f"out={tmp_path / 'b'}"]))
     # As if killed after step 4 with a half-written checkpoint and a cut-off line behind it.

@@ -35,7 +35,7 @@ class Shade:
     def judge(self, pictures, line):
         from sana15.judges import Verdict
 
-        return [Verdict(sum(p.convert("L").histogram()[i] * i for i in range(256)) / 1e5) for p in pictures]
+        return [Verdict(sum(i * n for i, n in enumerate(p.convert("L").histogram())) / 1e5) for p in pictures]
 
 
 def run(pipe, out, policy):
