@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sana15.cli import main
-from sana15.pipeline import MINI
+from sana15.model_folders import MINI
 
 
 @pytest.fixture(scope="module")
