@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sana15.config import SanaConfig
-from sana15.model import SanaTransformer
+from sana15.model.config import SanaConfig
+from sana15.model.transformer import SanaTransformer
 from sana_ext.optim import AdamW8bit, CAME8bit, fuse_backward
 
 OPTIMIZERS = {"CAME8bit": CAME8bit, "AdamW8bit": AdamW8bit}

@@ -23,7 +23,7 @@ class Shards:
 
     def __init__(self, model: str, prompts: str, shards: int, options: dict[str, Any]) -> None:
         from sana15 import Pipeline
-        from sana15.geneval import read_prompts
+        from sana15.evaluation.layout import read_prompts
 
         self.pipe, self.lines = Pipeline.from_pretrained(model), read_prompts(prompts)
         self.shards, self.options = shards, options

@@ -1,31 +1,15 @@
 """sana15: the SANA-1.5 system on sana_ext's kernels."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import loader
 
 if TYPE_CHECKING:
-    from .config import SanaConfig
-    from .growth import grow
-    from .growth_training import grow_optimizer_state
-    from .importance import block_importance
-    from .model import SanaTransformer
-    from .pipeline import Pipeline
-    from .pruning import prune
-    from .scaling.search import search
-    from .trajectory import calibration
-
-#: Loaded when asked for: the command line prints its help without torch.
-_HOMES = {
-    "Pipeline": "pipeline",
-    "SanaConfig": "config",
-    "SanaTransformer": "model",
-    "block_importance": "importance",
-    "calibration": "trajectory",
-    "grow": "growth",
-    "grow_optimizer_state": "growth_training",
-    "prune": "pruning",
-    "search": "scaling.search",
-}
+    from .growth import grow, grow_optimizer_state
+    from .model import SanaConfig, SanaTransformer
+    from .pruning import block_importance, calibration, prune
+    from .sampling import Pipeline
+    from .scaling import search
 
 __all__ = [
     "Pipeline",
@@ -38,9 +22,17 @@ __all__ = [
     "prune",
     "search",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = loader(
+    __name__,
+    {
+        "Pipeline": "sampling",
+        "SanaConfig": "model",
+        "SanaTransformer": "model",
+        "block_importance": "pruning",
+        "calibration": "pruning",
+        "grow": "growth",
+        "grow_optimizer_state": "growth",
+        "prune": "pruning",
+        "search": "scaling",
+    },
+)

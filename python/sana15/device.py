@@ -45,7 +45,7 @@ def trouble(error: RuntimeError) -> str | None:
 def of_pipeline(pipe: object) -> str:
     """Returns the device where a pipeline's judges belong: beside it on a GPU, else on the CPU, also for one whose parts are offloaded.
 
-    A generator (sana15.generator) is where the pipeline in it is.
+    A generator (sana15.sampling.generator) is where the pipeline in it is.
     """
     import torch
 

@@ -10,9 +10,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("yaml")
 pytest.importorskip("tqdm")
 from sana15.cli import main
-from sana15.importance import block_importance
-from sana15.pipeline import Pipeline
-from sana15.trajectory import calibration
+from sana15.pruning.importance import block_importance
+from sana15.pruning.trajectory import calibration
+from sana15.sampling.pipeline import Pipeline
 
 pytestmark = needs_gpu
 PROMPTS = ["a red circle", "a blue square left of a green star"]

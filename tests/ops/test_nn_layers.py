@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers_models import fused_calls
 from module_changes import adapt, leaves, parametrize, record, sloped
-from test_nn import C, attentions, convolutions
+from stock_layers import C, attentions, convolutions
 from torch import nn
 from torch.nn.utils import prune
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_optim_sharded import _dcp_load, _parts, full, on_two_processes
+from processes import _dcp_load, _parts, full, on_two_processes
 from torch import nn
 
 from sana_ext.optim import AdamW8bit

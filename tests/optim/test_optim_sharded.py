@@ -1,14 +1,12 @@
 """8-bit optimizers on two processes: FSDP2's DTensors, torch.distributed.checkpoint, re-sharding, accelerate."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import rand
+from processes import _dcp_load, _parts, full, on_two_processes
 from torch import nn
 
 from sana_ext.optim import AdamW8bit, CAME8bit, fuse_backward
@@ -45,26 +43,6 @@ def alone(steps, kind=CAME8bit, **options):
     return net, optimizer
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def on_two_processes(body, *args):
-    mp.start_processes(_entry, (free_port(), body, args), nprocs=2, start_method="fork")
-
-
-def _entry(rank, port, body, args):
-    os.environ.update(
-        MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    body(rank, *args)
-    dist.destroy_process_group()
-
-
 def sharded(kind=CAME8bit, **options):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -83,10 +61,6 @@ def train(rank, net, optimizer, steps):
         optimizer.zero_grad()
         loss(net, batch(step)[8 * rank : 8 * rank + 8]).backward()
         optimizer.step()
-
-
-def full(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def assert_near(net, optimizer, peer_net, peer, exact_codes):
@@ -149,22 +123,6 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(tmp_path):
         assert ((p - q).abs() > 2e-3).float().mean() <= 1e-3
         assert optimizer.state[p]["step"] == 3
         assert optimizer.state[p].keys() == peer.state[q].keys()
-
-
-def _parts(net, optimizer):
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    weights, state = get_state_dict(net, optimizer)
-    return {"model": weights, "optimizer": state}
-
-
-def _dcp_load(net, optimizer, path):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
-    parts = _parts(net, optimizer)
-    dcp.load(parts, checkpoint_id=path)
-    set_state_dict(net, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
 
 
 def _checkpoint(rank, kind, path):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sana15.pipeline import Pipeline
-from sana15.scaling.search import search
+from sana15.sampling.pipeline import Pipeline
+from sana15.scaling.run import search
 
 PROMPTS = ["a red circle", "two stars", "a blue ring above a heart"]
 POLICIES = {

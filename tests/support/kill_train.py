@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sana15.train import train
-from sana15.train_config import load_config
+from sana15.training.config import load_config
+from sana15.training.run import train
 
 OPTIONS = [
     "task=text", "text.width=16", "text.heads=2", "text.passes=1", "batch_size=2", "warmup=1", "workers=0", "device=cpu",

@@ -6,7 +6,7 @@ import threading
 from PIL import Image
 
 from sana15.judges import Verdict
-from sana15.sampling import Seed
+from sana15.sampling.settings import Seed
 
 
 class Grey:

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from sana15 import SanaConfig, SanaTransformer
-from sana15.autoencoder import MINI_SIZES, Autoencoder
+from sana15.model.autoencoder import MINI_SIZES, Autoencoder
+from sana15.model.checkpoint import save_transformer
+from sana15.model.text import MiniTextEncoder
 from sana15.scenes.prompts import word_list
-from sana15.text import MiniTextEncoder
-from sana15.transformer_checkpoint import save_transformer
 
 SIZES = {
     "num_layers": 2, "num_attention_heads": 1, "num_cross_attention_heads": 1, "cross_attention_head_dim": 32,

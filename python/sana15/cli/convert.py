@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> None:
     import torch
     import yaml
 
-    from .. import files
-    from ..release import convert, needed_changes, parameter_shapes, read_release
-    from ..train_config import parse_overrides
-    from ..values import parse_bytes
+    from ..model.release import convert, needed_changes, parameter_shapes, read_release
+    from ..storage import files
+    from ..storage.values import parse_bytes
+    from ..training.config import parse_overrides
 
     dtype = files.DTYPES[args.dtype] if args.dtype else None
     shard_bytes = parse_bytes(args.shard_size) if args.shard_size else None

@@ -23,6 +23,6 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     require_positive(args, "steps")
     require_seed(args)
-    from ..demo import run
+    from ..evaluation.demo import run
 
     run(args)

@@ -34,6 +34,6 @@ def run(args: argparse.Namespace) -> None:
     if args.resamples < 1:
         raise ValueError(f"--resamples must be at least 1, got {args.resamples}")
     require_seed(args)
-    from ..evaluate import run
+    from ..evaluation.results import run
 
     run(args)

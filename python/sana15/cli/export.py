@@ -17,6 +17,6 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..export import run
+    from ..evaluation.export import run
 
     run(args)

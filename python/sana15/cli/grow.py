@@ -31,6 +31,6 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..growth_files import run
+    from ..growth.folder import run
 
     run(args)

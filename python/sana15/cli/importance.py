@@ -24,6 +24,6 @@ def run(args: argparse.Namespace) -> None:
     require_calibration(args)
     if not 1 <= args.bins <= 1000:
         raise ValueError(f"bins must be 1 to 1000, got {args.bins}")
-    from ..importance_report import run
+    from ..pruning.report import run
 
     run(args)

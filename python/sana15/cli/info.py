@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> None:
         require_positive(args, "batch", "latent", words="at least 1")
     import torch
 
-    from ..config import SanaConfig
-    from ..model import SanaTransformer
+    from ..model.config import SanaConfig
+    from ..model.transformer import SanaTransformer
 
     config = SanaConfig.load(args.model) if Path(args.model).is_dir() else SanaConfig.named(args.model)
     with torch.device("meta"):
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{total:,} parameters, {config.num_layers} blocks of {block:,}; width {config.width}, {heads}, ", end="")
     print(f"Mix-FFN {config.hidden}, qk-norm {config.qk_norm or 'none'}")
     if args.memory:
-        from ..memory import table, training_memory
+        from ..training.memory import table, training_memory
 
         latent = args.latent or config.sample_size
         print(f"\nGiB of a training step, {args.batch} x {latent}x{latent} latents:\n")

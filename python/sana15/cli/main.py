@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from ..redaction import guard_tracebacks, redacted
+from ..storage.redaction import guard_tracebacks, redacted
 from . import (
     convert,
     curve,
@@ -102,7 +102,7 @@ def _explained(error: Exception) -> tuple[object, int] | None:
     if type(error) is ValueError:  # such as an option that is refused before torch, which files needs, is imported
         return error, 2
     from ..device import trouble
-    from ..files import DataError
+    from ..storage.files import DataError
 
     if isinstance(error, (OSError, DataError)):
         return error, 3

@@ -57,6 +57,6 @@ def run(args: argparse.Namespace) -> None:
     require_positive(args, "candidates", "trial_steps", "learning_steps", "group", "rank")
     if (args.indices is None and args.importance is None) or args.heal_on == "samples":
         require_calibration(args)
-    from ..pruning_files import run
+    from ..pruning.folder import run
 
     run(args)

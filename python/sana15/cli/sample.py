@@ -29,6 +29,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--n must be at least 1, got {args.n}")
     require_positive(args, "steps", "batch_size")
     require_seed(args)
-    from ..sample import run
+    from ..evaluation.sample import run
 
     run(args)

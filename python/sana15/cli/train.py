@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..train import train
-    from ..train_config import load_config
+    from ..training.config import load_config
+    from ..training.run import train
 
     config, overrides = args.config, args.overrides
     if config is not None and _is_override(config):  # the file is left out

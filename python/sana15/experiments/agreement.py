@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..autoencoder import Autoencoder
-from ..model_folders import MINI
+from ..model.autoencoder import Autoencoder
+from ..model.folder import MINI
 from ..scenes.checker import Verdict, check_batch
 from ..scenes.corrupt import KINDS, MALFORMED, malformed_picture, wrong_spec
 from ..scenes.prompts import parse, wording

@@ -24,7 +24,7 @@ import torch
 
 import sana_ext
 
-from ..files import read_json, replacing
+from ..storage.files import read_json, replacing
 
 Results = Mapping[str, dict[str, Any]]  # cell -> what it returned
 POLL_SECONDS = 1.0

@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 
-from .. import flow
-from ..config import SanaConfig
-from ..data import SceneBatches
-from ..files import staging
-from ..growth_files import grow_folder
-from ..model import SanaTransformer
-from ..model_folders import MINI
-from ..pipeline import Pipeline
-from ..train import train
-from ..train_config import TrainConfig, TransformerConfig
-from ..train_tasks import initialise
-from ..transformer_checkpoint import save_transformer
+from ..growth.folder import grow_folder
+from ..model.checkpoint import save_transformer
+from ..model.config import SanaConfig
+from ..model.folder import MINI
+from ..model.transformer import SanaTransformer
+from ..sampling import flow
+from ..sampling.pipeline import Pipeline
+from ..storage.files import staging
+from ..training.config import TrainConfig, TransformerConfig
+from ..training.data import SceneBatches
+from ..training.run import train
+from ..training.tasks import initialise
 from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..judges.learned import LearnedJudge
 from ..judges.scene import SceneJudge
-from ..pipeline import Pipeline
+from ..sampling.pipeline import Pipeline
 from ..scenes.testset import load
 from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results

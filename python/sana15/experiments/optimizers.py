@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..model_folders import MINI
-from ..train import train
-from ..train_config import load_config
+from ..model.folder import MINI
+from ..training.config import load_config
+from ..training.run import train
 from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
 

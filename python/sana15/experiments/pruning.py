@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import SanaConfig
-from ..files import replacing
-from ..healing import DISTILL, LR, LR_LIMIT, PLAIN_PART, Healing
-from ..importance import Importance, block_importance
-from ..model_folders import MINI
-from ..pipeline import Pipeline
-from ..pruning import STRATEGIES, choose
-from ..pruning_files import prune_folder
+from ..model.config import SanaConfig
+from ..model.folder import MINI
+from ..pruning.folder import prune_folder
+from ..pruning.healing import DISTILL, LR, LR_LIMIT, PLAIN_PART, Healing
+from ..pruning.importance import Importance, block_importance
+from ..pruning.removal import STRATEGIES, choose
+from ..pruning.trajectory import CalibrationBatch, calibration, calibration_prompts
+from ..sampling.pipeline import Pipeline
 from ..scenes.checker import check
 from ..scenes.testset import load
-from ..trajectory import CalibrationBatch, calibration, calibration_prompts
+from ..storage.files import replacing
 from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
 

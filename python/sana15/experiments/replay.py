@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipeline import PipelineGenerator
+from ..evaluation.scores import Score, means
+from ..sampling.pipeline import PipelineGenerator
 from ..scaling.curve import OVERALL, Recorded, picked_worth, sets_of
 from ..scaling.policies import calibrate_stop, stopped
-from ..scores import Score, means
 
 TOLERANCES = (0.01, 0.005, 0.0)  # what stopping may cost on the prompts that its threshold is calibrated on
 

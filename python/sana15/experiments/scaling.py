@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..geneval import read_prompts
-from ..pipeline import Pipeline, PipelineGenerator
-from ..sampling import Sampling
+from ..evaluation.layout import read_prompts
+from ..sampling.pipeline import Pipeline, PipelineGenerator
+from ..sampling.settings import Sampling
 from ..scaling.curve import draw, markdown, picked_worth, read_run, scaling_curve
 from ..scaling.policies import POLICIES, Policy, stopped
-from ..scaling.search import search
+from ..scaling.run import search
 from .grid import Cell, Experiment, Place, Report, Results
 from .replay import (
     correlation_table,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..redaction import redacted
+from ..storage.redaction import redacted
 from .base import Judge, JudgeFailed, Patient, Verdict, check_patience, mean_ranks
 
 __all__ = ["Judge", "JudgeFailed", "Patient", "Verdict", "check_name", "check_patience", "make", "mean_ranks"]

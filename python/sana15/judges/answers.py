@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..redaction import redacted
+from ..storage.redaction import redacted
 from .base import Verdict
 from .question import LEAST, NO, YES, log_probability, plain, verdict, word_of
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..redaction import redacted_values, said
+from ..storage.redaction import redacted_values, said
 
 
 @dataclass(frozen=True)

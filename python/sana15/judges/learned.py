@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from ..concurrency import using
-from ..files import DataError, read_json, read_tensors, require_finite, write_durably, write_tensors
 from ..scenes.vocabulary import COLOR_NAMES, IMAGE_SIZE, SHAPES
+from ..storage.concurrency import using
+from ..storage.files import DataError, read_json, read_tensors, require_finite, write_durably, write_tensors
 from .base import Verdict
 from .scene import scene_line
 
@@ -159,7 +159,7 @@ class LearnedJudge:
         """
         root = Path(folder) if folder else ASSET
         if not (root / "config.json").exists():
-            how = "python -m sana15.judges.learned_training --out DIR makes one, for --judge learned:DIR"
+            how = "python -m sana15.training.judge --out DIR makes one, for --judge learned:DIR"
             raise FileNotFoundError(f"{root} holds no learned judge; {how}")
         values = read_json(root / "config.json")
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..redaction import clean_key, hide, hide_url, redacted, redacted_values, said, split_userinfo
+from ..storage.redaction import clean_key, hide, hide_url, redacted, redacted_values, said, split_userinfo
 from .answers import read_answer
 from .base import Verdict
 from .question import question

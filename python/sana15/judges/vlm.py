@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..concurrency import using
-from ..files import DataError
-from ..redaction import said
+from ..storage.concurrency import using
+from ..storage.files import DataError
+from ..storage.redaction import said
 from .base import Verdict
 from .question import NO, YES, log_probability, question, verdict, word_of
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..device import resolved
-from ..files import replacing
-from ..geneval import read_prompts
+from ..evaluation.layout import read_prompts
+from ..evaluation.sample import checked, settings_of
 from ..judges import check_name, check_patience
-from ..pipeline import Pipeline, check_folder_size
-from ..sample import checked, settings_of
-from .search import SearchResult, check_options, check_shard, search
+from ..sampling.pipeline import Pipeline, check_folder_size
+from ..storage.files import replacing
+from .run import SearchResult, check_options, check_shard, search
 from .sheet import candidate_grid, scored
 
 _logger = logging.getLogger(__name__)

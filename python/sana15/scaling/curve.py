@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import DataError, read_json, replacing
-from ..geneval import picture_path
+from ..evaluation.layout import picture_path
+from ..evaluation.scores import RESAMPLES, Score, means
 from ..judges import mean_ranks
 from ..judges.scene import scene_line
-from ..pictures import read_png
 from ..scenes.checker import check_batch
 from ..scenes.spec import spec_from_metadata
-from ..scores import RESAMPLES, Score, means
+from ..storage.files import DataError, read_json, replacing
+from ..storage.png import read_png
 
 OVERALL = "mean of categories"
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..concurrency import InUse, flock
-from ..files import DataError, sync_folder
+from ..storage.concurrency import InUse, flock
+from ..storage.files import DataError, sync_folder
 
 
 class Ledger:

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..files import DataError, write_durably
-from ..generator import Generator
-from ..geneval import picture_path
+from ..evaluation.layout import picture_path
 from ..judges import Patient, Verdict, mean_ranks
-from ..pictures import encode_png
-from ..sampling import Item, Seed
+from ..sampling.generator import Generator
+from ..sampling.settings import Item, Seed
+from ..storage.files import DataError, write_durably
+from ..storage.png import encode_png
 from .ledger import Ledger
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from ..geneval import picture_path
-from .search import SearchResult
+from ..evaluation.layout import picture_path
+from .run import SearchResult
 
 ROWS, COLUMNS = 12, 12
 SIDE, GAP, TEXT = 128, 8, 46  # pixels: a tile, between tiles, below one

@@ -1,0 +1,26 @@
+"""Growth in depth: 1.6B to 4.8B parameters from the weights that are there."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import loader
+
+if TYPE_CHECKING:
+    from .folder import check_growth, grow_folder
+    from .growing import grow
+    from .optimizer import grow_optimizer_state
+
+__all__ = [
+    "check_growth",
+    "grow",
+    "grow_folder",
+    "grow_optimizer_state",
+]
+__getattr__ = loader(
+    __name__,
+    {
+        "check_growth": "folder",
+        "grow": "growing",
+        "grow_folder": "folder",
+        "grow_optimizer_state": "optimizer",
+    },
+)
