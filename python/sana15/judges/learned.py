@@ -1,6 +1,6 @@
 """A small learned judge of scenes: a network that finds the objects, and the probability that they are what was asked for.
 
-It has learned from what the renderer drew (learned_training.py), never from the checker, and makes mistakes of its own: a
+It has learned from what the renderer drew (training/judge.py), never from the checker, and makes mistakes of its own: a
 selector, never the metric.
 """
 

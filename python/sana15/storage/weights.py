@@ -1,4 +1,4 @@
-"""Weights in diffusers' folders: strict, sharded or whole, safetensors only. The layout of the authors' .pth: release.py."""
+"""Weights in diffusers' folders: strict, sharded or whole, safetensors only. The layout of the authors' .pth: model/release.py."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def fit(
     Args:
         loss: (step, generator) -> scalar; the generator is on the CPU, and its draws depend on (seed, step) only.
         steps: numbers of the steps, from 0; a resumed run begins later.
-        rate: step -> learning rate, see growth_training.set_learning_rates. None: the optimizer's own.
+        rate: step -> learning rate, see growth.optimizer.set_learning_rates. None: the optimizer's own.
         clip: the largest norm of the gradient; None or 0: no limit.
         around: step -> a context for the loss and its gradient.
         not_finite: raised, with the step, where the loss is not finite; None: the caller looks.
