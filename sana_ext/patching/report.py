@@ -1,4 +1,4 @@
-"""What `patch` did to a model, block by block."""
+"""Reports what `patch` did to a model, block by block."""
 
 from __future__ import annotations
 

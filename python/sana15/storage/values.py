@@ -1,4 +1,4 @@
-"""What a value from a command line or a file is."""
+"""Checks on values from a command line or a file."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def train(config: TrainConfig) -> Path:
 
     @contextmanager
     def own_draws(step: int) -> Iterator[None]:
-        """Of a module that draws, such as dropout, also where the backward pass computes again: a resumed run draws the same."""
+        """Seeds what a module draws (dropout), also where backward computes again: a resumed run draws the same."""
         with using(torch.default_generator):
             torch.manual_seed(step_seed(config.seed, step))
             yield
