@@ -1,4 +1,6 @@
-#include "glumbconv.h"
+#include "../glue/glumbconv.h"
+
+#include "glue.h"
 
 #include "kernels/dwconv_glu.h"
 

@@ -1,7 +1,8 @@
 #include "kernels/linear_attention.h"
 
 #include "kernels/norm_modulate.h"
-#include "linear_attention_arguments.h"
+#include "../glue/linear_attention.h"
+#include "glue.h"
 
 namespace sana_ext::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // From torch tensors (stable ABI) to the pointers that the CUDA kernels take. Included by every csrc/cuda/<op>.cpp,
 // which is compiled twice: for the GPU, and against the emulator, whose ops take the place of the CPU's in tests.
 #pragma once
-#include "../cpu/glue.h"
+#include "../glue/tensors.h"
 #include "kernels/runtime.h"
 
 #ifdef SANA_EXT_EMULATOR
@@ -17,12 +17,12 @@
 
 namespace sana_ext::cuda {
 
-using cpu::check_shape;
-using cpu::dense_rows;
-using cpu::empty;
-using cpu::OptionalTensor;
-using cpu::stride;
-using cpu::Tensor;
+using glue::check_shape;
+using glue::dense_rows;
+using glue::empty;
+using glue::OptionalTensor;
+using glue::stride;
+using glue::Tensor;
 using torch::headeronly::ScalarType;
 
 // One op's launches: the device and stream of its first tensor while it lives, and every tensor's way to a pointer.
@@ -36,12 +36,12 @@ class Launch {
 
   ConstPtr in(const Tensor& t, const char* name) {
     know(t, t.const_data_ptr(), name, false);
-    return cpu::in(t, name);
+    return glue::in(t, name);
   }
   ConstPtr in(const OptionalTensor& t, const char* name) { return t ? in(*t, name) : ConstPtr{}; }
   Ptr out(Tensor& t, const char* name) {
     know(t, t.const_data_ptr(), name, true);
-    return cpu::out(t);
+    return glue::out(t);
   }
   // Statistics and partial sums are fp32 on CUDA.
   const float* in_fp32(const Tensor& t, const char* name) {
@@ -76,7 +76,7 @@ class Launch {
 
  private:
   void know(const Tensor& t, const void* data, const char* name, bool writable) {
-    check(!cpu::is_fp64(t), name, ": float64 is not supported on CUDA");
+    check(!glue::is_fp64(t), name, ": float64 is not supported on CUDA");
     place(t, data, name, writable);
   }
 #ifdef SANA_EXT_EMULATOR

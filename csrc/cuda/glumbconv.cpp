@@ -1,5 +1,5 @@
 // CUDA glue of dwconv_glu.
-#include "../cpu/glumbconv.h"
+#include "../glue/glumbconv.h"
 
 #include "glue.h"
 #include "kernels/dwconv_glu.h"
@@ -17,11 +17,11 @@ void check_sizes(const Tensor& u, int64_t height, int64_t width) {
 
 Tensor dwconv_glu_forward_cuda(const Tensor& u_in, const Tensor& weight_in, const OptionalTensor& bias_in,
                                int64_t height, int64_t width) {
-  cpu::check_dwconv_glu(u_in, weight_in, bias_in, height, width);
+  glue::check_dwconv_glu(u_in, weight_in, bias_in, height, width);
   check_sizes(u_in, height, width);
   Launch launch(u_in);
-  const Tensor u = dense_rows(u_in), weight = cpu::dense(weight_in);
-  const OptionalTensor bias = cpu::dense(bias_in);
+  const Tensor u = dense_rows(u_in), weight = glue::dense(weight_in);
+  const OptionalTensor bias = glue::dense(bias_in);
   DwconvGluForward a{};
   a.B = u.size(0), a.H = height, a.W = width, a.F = u.size(2) / 2;
   Tensor result = empty(u, {a.B, height * width, a.F}, u.scalar_type());
@@ -35,12 +35,12 @@ Tensor dwconv_glu_forward_cuda(const Tensor& u_in, const Tensor& weight_in, cons
 std::tuple<Tensor, Tensor, Tensor> dwconv_glu_backward_cuda(const Tensor& dout_in, const Tensor& u_in,
                                                             const Tensor& weight_in, const OptionalTensor& bias_in,
                                                             int64_t height, int64_t width, bool parameter_grads) {
-  cpu::check_dwconv_glu(u_in, weight_in, bias_in, height, width);
-  cpu::check_dwconv_glu_gradient(dout_in, u_in);
+  glue::check_dwconv_glu(u_in, weight_in, bias_in, height, width);
+  glue::check_dwconv_glu_gradient(dout_in, u_in);
   check_sizes(u_in, height, width);
   Launch launch(u_in);
-  const Tensor dout = dense_rows(dout_in), u = dense_rows(u_in), weight = cpu::dense(weight_in);
-  const OptionalTensor bias = cpu::dense(bias_in);
+  const Tensor dout = dense_rows(dout_in), u = dense_rows(u_in), weight = glue::dense(weight_in);
+  const OptionalTensor bias = glue::dense(bias_in);
   DwconvGluBackward a{};
   a.B = u.size(0), a.H = height, a.W = width, a.F = u.size(2) / 2;
   // Absent outputs are tensors of no elements, as in the schema's other kernels.

@@ -1,19 +1,19 @@
 // CUDA glue of linear_attention and its packed form.
 #include "kernels/linear_attention.h"
 
-#include "../cpu/linear_attention_arguments.h"
+#include "../glue/linear_attention.h"
 #include "glue.h"
 
 namespace sana_ext::cuda {
 namespace {
 
-using Inputs = cpu::LinearAttentionInputs;
-using Gradients = cpu::LinearAttentionGradients;
+using Inputs = glue::LinearAttentionInputs;
+using Gradients = glue::LinearAttentionGradients;
 using Rows = LinearAttentionRows<ConstPtr>;
 using RowsOut = LinearAttentionRows<Ptr>;
 
 // One call of the op: its sizes and checks, its launches, and the pointers that both directions pass on.
-struct Call : cpu::LinearAttentionArguments {
+struct Call : glue::LinearAttentionArguments {
   Launch launch;
   LinearAttentionSize size;
   ConstPtr for_q, for_k;  // the weights
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> run_backward(Call& c, const Rows& dout, const Inputs&
   return {dweight_q, dweight_k};
 }
 
-using Ops = cpu::LinearAttentionOps<Call>;
+using Ops = glue::LinearAttentionOps<Call>;
 
 }  // namespace
 

@@ -1,8 +1,8 @@
 // What the ops of this family demand of their arguments on every device.
 #pragma once
-#include "glue.h"
+#include "tensors.h"
 
-namespace sana_ext::cpu {
+namespace sana_ext::glue {
 
 inline void check_dwconv_glu(const Tensor& u, const Tensor& weight, const OptionalTensor& bias, int64_t height,
                              int64_t width) {
@@ -21,4 +21,4 @@ inline void check_dwconv_glu_gradient(const Tensor& dout, const Tensor& u) {
   check(dout.scalar_type() == u.scalar_type(), "dout must have the dtype of u");
 }
 
-}  // namespace sana_ext::cpu
+}  // namespace sana_ext::glue

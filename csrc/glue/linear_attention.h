@@ -2,9 +2,9 @@
 // four entry points.
 #pragma once
 #include "../common/rows.h"
-#include "glue.h"
+#include "tensors.h"
 
-namespace sana_ext::cpu {
+namespace sana_ext::glue {
 
 // q, k, v and their gradients are three tensors [B, N, H, D], or the thirds of one tensor [B, N, 3C].
 template <class Pointer>
@@ -174,4 +174,4 @@ struct LinearAttentionOps {
   }
 };
 
-}  // namespace sana_ext::cpu
+}  // namespace sana_ext::glue
