@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers import assert_compiles, assert_matches, dtype_id, needs_gpu, opcheck, rand
-from linear_attention_cases import WEIGHTS, maker, packed
 
 import sana_ext
 from sana_ext import reference
@@ -20,7 +19,20 @@ SHAPES = [
     (1, 1024, 36, 32),
     (1, 4099, 20, 32),
 ]
+WEIGHTS = ("weight_q", "weight_k")
 with_and_without_norms = pytest.mark.parametrize("norms", [(), WEIGHTS], ids=["no norms", "both norms"])
+
+
+def maker(B, N, H, D, norms=WEIGHTS, scale=1.0):
+    def make(seed):
+        rows = {n: rand(seed + i, B, N, H, D, scale=scale if n == "q" else 1.0).cuda() for i, n in enumerate("qkv")}
+        return rows | {w: 1 + rand(seed + i, H * D, scale=0.3).cuda() for i, w in enumerate(norms, 7)}
+
+    return make
+
+
+def packed(values):
+    return torch.stack([values["q"], values["k"], values["v"]], 2).flatten(2)
 
 
 def low(make, dtype):

@@ -5,8 +5,7 @@ import torch
 from helpers import DTYPES, EMULATED, EPS32, WIDEST, rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_attention_cases import maker, packed
-from test_linear_attention import NORMS, compiled_only, functions
+from linear_attention_cases import NORMS, compiled_only, functions, maker, packed
 
 import sana_ext
 from sana_ext import reference

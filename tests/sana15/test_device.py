@@ -100,13 +100,14 @@ def test_training_without_its_gpu_leaves_no_run(tmp_path, pretend):
 
 
 def test_healing_trains_where_it_measured(tmp_path, monkeypatch, pretend):
-    """Not where TrainConfig's own default would put it."""
+    """On the device of the pipeline, which the option chose."""
 
-    def train(config):
-        raise Placed(config.device)
+    def heal(folder, pipe, healing):
+        raise Placed(placed[-1])
 
-    monkeypatch.setattr("sana15.training.run.train", train)
-    monkeypatch.setattr(Pipeline, "to", lambda pipe, device: pipe)
+    placed = []
+    monkeypatch.setattr("sana15.pruning.folder.heal_on_scenes", heal)
+    monkeypatch.setattr(Pipeline, "to", lambda pipe, device: (placed.append(device), pipe)[1])
     pretend(True)
     for options, expected in (([], "cuda"), (["--device", "cpu"], "cpu")):
         with pytest.raises(Placed, match=f"^{expected}$"):

@@ -36,7 +36,7 @@ from sana15.pruning.trajectory import calibration
 from sana15.sampling.diffusers_pipeline import DiffusersGenerator
 from sana15.sampling.pipeline import Pipeline
 from sana15.sampling.settings import Seed
-from sana15.scaling import search as searching
+from sana15.scaling import run as searching
 from sana15.scaling.run import search
 from sana15.scenes import testset
 from sana15.scenes.prompts import parse

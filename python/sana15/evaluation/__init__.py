@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING
 from ..lazy import loader
 
 if TYPE_CHECKING:
-    from .export import export
     from .layout import judge_folder, read_prompts
     from .scores import compare, score_table
 
 __all__ = [
     "compare",
-    "export",
     "judge_folder",
     "read_prompts",
     "score_table",
@@ -20,7 +18,6 @@ __getattr__ = loader(
     __name__,
     {
         "compare": "scores",
-        "export": "export",
         "judge_folder": "layout",
         "read_prompts": "layout",
         "score_table": "scores",

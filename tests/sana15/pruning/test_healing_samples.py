@@ -14,7 +14,7 @@ from sana15.pruning import folder as pruning_files
 from sana15.pruning import samples as healing_samples
 from sana15.pruning.folder import prune_folder
 from sana15.pruning.healing import Healing
-from sana15.pruning.importance import Importance
+from sana15.pruning.importance import Importance, batch_loss
 from sana15.pruning.samples import Samples, heal_on_samples
 from sana15.pruning.trajectory import calibration
 from sana15.sampling.pipeline import Pipeline, PipelineGenerator
@@ -119,7 +119,7 @@ def test_it_learns(tmp_path, distill):
             with torch.no_grad():
                 model(batch.latents, batch.text, batch.timestep, batch.mask)
             total += distance.loss().item()
-        flow = sum(sana15.importance.batch_loss(model, batch).sum().item() for batch in judged)
+        flow = sum(batch_loss(model, batch).sum().item() for batch in judged)
         return total, flow
 
     before = losses()

@@ -104,7 +104,7 @@ def test_a_folder_that_a_killed_run_had_moved_aside_comes_back(tmp_path):
     kill = """
 import os, signal, sys
 from pathlib import Path
-from sana15 import files
+from sana15.storage import files
 replace = os.replace
 def killing(a, b):
     if str(b) == sys.argv[1]:
