@@ -7,20 +7,26 @@ from ..lazy import loader
 if TYPE_CHECKING:
     from .folder import check_growth, grow_folder
     from .growing import grow
-    from .optimizer import grow_optimizer_state
+    from .optimizer import block_groups, block_multipliers, grow_optimizer_state, set_learning_rates
 
 __all__ = [
+    "block_groups",
+    "block_multipliers",
     "check_growth",
     "grow",
     "grow_folder",
     "grow_optimizer_state",
+    "set_learning_rates",
 ]
 __getattr__ = loader(
     __name__,
     {
+        "block_groups": "optimizer",
+        "block_multipliers": "optimizer",
         "check_growth": "folder",
         "grow": "growing",
         "grow_folder": "folder",
         "grow_optimizer_state": "optimizer",
+        "set_learning_rates": "optimizer",
     },
 )
