@@ -19,7 +19,7 @@ from ..scenes.prompts import parse
 from ..storage.concurrency import claiming
 from ..storage.files import DataError
 from ..storage.png import read_png, save_png
-from . import layout as geneval
+from . import layout
 
 _logger = logging.getLogger(__name__)
 
@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
     check_folder_size(args.model, settings.height, settings.width)
-    lines = geneval.read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt]
+    lines = layout.read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt]
     pipe = Pipeline.from_pretrained(args.model, device=resolved(args.device))
     lines = [checked(pipe, line, i, args.prompts) for i, line in enumerate(lines)]
     items = [Item(line["prompt"], index, c) for index, line in enumerate(lines) for c in range(args.n)]
     if args.prompts:
-        paths = {item: geneval.picture_path(out, item.index, item.candidate) for item in items}
+        paths = {item: layout.picture_path(out, item.index, item.candidate) for item in items}
     else:
         paths = {item: out / f"{item.index:05d}-{item.candidate:03d}.png" for item in items}
     model = pipe.identity()
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         pictures = pipe.sample(missing, settings, batch_size=batch_size, callback=progress)
         # All arguments are checked by now: what comes next is the first thing that is written.
         if args.prompts:
-            geneval.write_metadata(out, lines)
+            layout.write_metadata(out, lines)
         else:
             out.mkdir(parents=True, exist_ok=True)
         for item, picture in pictures:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..model.checkpoint import load_transformer, save_transformer
 from ..model.folder import recorded_kept
+from ..model.text import is_mini
 from ..model.transformer import SanaTransformer
 from ..sampling import flow
 from ..sampling.pipeline import Pipeline
@@ -126,8 +127,6 @@ class Healing:
 
     def of_model(self, text: Any) -> Healing:
         """With `data` and `batch_size` for a pipeline with this text encoder; ValueError for scenes that its words do not tell of."""
-        from ..model.text import is_mini
-
         mini = is_mini(text)
         if self.data == "scenes" and not mini:
             raise ValueError(

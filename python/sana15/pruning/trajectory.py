@@ -157,13 +157,13 @@ def calibration_prompts(pipe: Pipeline, source: str | None, count: int, seed: in
     Raises:
         ValueError: a count below 1, or no file for a model that was not trained on scenes. FileNotFoundError, DataError.
     """
-    from ..evaluation import layout as geneval
+    from ..evaluation import layout
     from ..scenes.training import sample_training
 
     if count < 1:
         raise ValueError(f"the number of calibration prompts must be at least 1, got {count}")
     if source is not None:
-        return [line["prompt"] for line in geneval.read_prompts(source)][:count]
+        return [line["prompt"] for line in layout.read_prompts(source)][:count]
     if not is_mini(pipe.text):
         raise ValueError(
             "name a file of calibration prompts with --prompts: only the mini model has prompts of its own"

@@ -14,12 +14,14 @@ from PIL import Image
 import sana_ext
 
 from ..model.autoencoder import Autoencoder, factor_of
+from ..model.checkpoint import load_transformer
 from ..model.config import SanaConfig
 from ..model.folder import GUIDANCE, pipeline_root, recorded_guidance
 from ..model.measuring import evaluating
 from ..model.text import GemmaTextEncoder, MiniTextEncoder, TextEncoder
 from ..model.transformer import SanaTransformer
 from ..storage.files import DataError, read_json
+from ..storage.weights import weights_sha256
 from . import flow
 from .guidance import GuidedVelocity, stack
 from .schedulers import SAMPLER, folder_sampler
@@ -60,8 +62,6 @@ class Pipeline:
         Raises:
             FileNotFoundError: a part is missing; ValueError: a file is damaged or does not fit the config.
         """
-        from ..model.checkpoint import load_transformer
-
         root = pipeline_root(source)
         for part in ("transformer", "vae", "text_encoder"):
             if not (root / part).is_dir():
@@ -110,8 +110,6 @@ class Pipeline:
 
     def identity(self) -> dict[str, str]:
         """Name of the model and SHA-256 of its transformer's weight files; "unsaved" for a pipeline that has no folder."""
-        from ..storage.weights import weights_sha256
-
         if self.source is None:
             return {"name": "unsaved", "sha256": ""}
         return {"name": self.source.resolve().name, "sha256": weights_sha256(self.source / "transformer")}

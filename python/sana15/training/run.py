@@ -37,6 +37,8 @@ from .config import TrainConfig, load_config
 from .data import Batch, scene_batches
 from .loop import Average, fit, step_seed
 from .soap import SOAP
+from .tasks import AutoencoderTask, TransformerTask
+from .text_task import TextTask
 
 _logger = logging.getLogger(__name__)
 
@@ -76,8 +78,6 @@ def train(config: TrainConfig) -> Path:
             processes. DataError: the loss is not finite.
     """
     require_one_process("training")
-    from .tasks import TransformerTask
-
     out, device = Path(config.out), resolved(config.device)
     out.mkdir(parents=True, exist_ok=True)
     _require_same_run(config, out)
@@ -210,9 +210,6 @@ class _Meter:
 
 
 def _task(config: TrainConfig, device: str) -> Task:
-    from .tasks import AutoencoderTask, TransformerTask
-    from .text_task import TextTask
-
     tasks: dict[str, Callable[[TrainConfig, str], Task]]
     tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "transformer": TransformerTask.of_config}
     return tasks[config.task](config, device)
