@@ -21,10 +21,9 @@ FLOORS = (
 CIRCLES: dict[frozenset[str], str] = {}
 UPWARD: dict[tuple[str, str], str] = {}
 LONG = {
-    "sana15.pruning.folder.prune_folder": "from folder to folder, with all options of healing",
     "sana15.scaling.run.search": "the loop of a search with its set-up",
 }
-EXCEPTIONS_AT_MOST = 2
+EXCEPTIONS_AT_MOST = 1
 SANA_EXT_ROOMS_AT_MOST = 12
 
 

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .healing import DISTILL, Healing, heal_on_scenes
 from .importance import Importance
 from .removal import check_keep, choose, pruned_config, strategy
 from .samples import Samples, heal_on_samples
-from .trajectory import CalibrationBatch, calibration, calibration_prompts
+from .trajectory import calibration, calibration_prompts
 
 _logger = logging.getLogger(__name__)
 
@@ -73,9 +74,57 @@ def prune_folder(
     origin, target = ModelFolder(source), Path(target)
     origin.check_target(target)
     by = strategy(by, indices is not None, importance is not None)
+    measuring = indices is None and importance is None
+    _check(origin, keep, by, indices, heal, measuring)
+    layers, weights = origin.config.num_layers, origin.weights()
+    pipe = Pipeline.from_pretrained(origin.root, device=resolved(device)) if measuring or heal is not None else None
+    heal = heal.of_model(pipe.text) if heal is not None and pipe is not None else heal
+    samples = Samples() if heal is not None and heal.data == "samples" else None
+    if prompts is not None and not measuring and samples is None:
+        raise ValueError(
+            "prompts are for measuring and healing on samples; with indices or an importance nothing is measured"
+        )
+    model, batches, measured = None, None, None
+    if pipe is not None and (measuring or samples is not None):
+        chosen = calibration_prompts(pipe, prompts, count, seed)
+        measured = _measured(prompts, len(chosen), sampling_steps, seed)
+        at = None if measuring else [0]
+        batches = calibration(pipe, chosen, steps=sampling_steps, at=at, seed=seed, batch_size=batch_size)
+        batches = batches if samples is None else samples.remember(batches)
+    if pipe is not None and measuring:
+        model = pipe.transformer
+        options = {"flow_shift": pipe.flow_shift} | options if by in ("search", "learned") else options
+    choice = choose(
+        model, layers, keep, by, importance=importance, batches=batches if measuring else None, indices=indices,
+        seed=seed, **options,
+    )  # fmt: skip
+    deque(() if measuring else batches or (), maxlen=0)  # sampled for the healing alone
+    heal = heal and heal.for_kept(choice.kept, layers)
+    settings = _recorded(origin.settings(), choice, layers, heal, measured)
+    config = pruned_config(origin.config, choice.kept)
+    pruned = grown_weights(weights, config, choice.kept, seed=0)
+
+    def healed(whole: Path, transformer: Path) -> Path:
+        if heal is not None and pipe is not None:
+            heal_on_scenes(whole, pipe, heal) if samples is None else heal_on_samples(whole, pipe, samples, heal)
+        return whole
+
+    origin.rewrite(target, config, pruned, settings, shard_bytes=shard_bytes, finish=healed)
+    return choice
+
+
+def _check(
+    origin: ModelFolder,
+    keep: int | None,
+    by: str,
+    indices: Sequence[int] | None,
+    heal: Healing | None,
+    measuring: bool,
+) -> None:
+    """ValueError for what cannot be, before anything is loaded."""
+    layers = origin.config.num_layers
     if heal is not None or by in ("search", "learned"):
         require_one_process("healing")
-    layers = origin.config.num_layers
     if keep is not None:
         check_keep(keep, layers)
     if heal is not None:
@@ -83,66 +132,34 @@ def prune_folder(
             raise ValueError(f"all {layers} blocks are kept: there is nothing to heal")
         if not origin.pipeline:
             raise ValueError(f"{origin.root} is a transformer alone and cannot be healed; it takes a whole pipeline")
-    weights = origin.weights()
-    measuring = indices is None and importance is None
     if measuring and not origin.pipeline:
         raise ValueError(
             f"{origin.root} is a transformer alone and cannot be calibrated; pass an importance or indices"
         )
-    pipe = Pipeline.from_pretrained(origin.root, device=resolved(device)) if measuring or heal is not None else None
-    if heal is not None and pipe is not None:
-        heal = heal.of_model(pipe.text)
-    sampling = heal is not None and heal.data == "samples"
-    if prompts is not None and not measuring and not sampling:
-        raise ValueError(
-            "prompts are for measuring and healing on samples; with indices or an importance nothing is measured"
-        )
-    chosen = calibration_prompts(pipe, prompts, count, seed) if pipe is not None and (measuring or sampling) else []
-    samples = Samples()
-
-    def trajectories(at: Sequence[int] | None = None) -> Iterator[CalibrationBatch]:
-        assert pipe is not None
-        drawn = calibration(pipe, chosen, steps=sampling_steps, at=at, seed=seed, batch_size=batch_size)
-        return samples.remember(drawn) if sampling else drawn
-
-    model = batches = None
-    if pipe is not None and measuring:
-        model, batches = pipe.transformer, trajectories()
-        if by in ("search", "learned"):
-            options.setdefault("flow_shift", pipe.flow_shift)
-    choice = choose(
-        model, layers, keep, by, importance=importance, batches=batches, indices=indices, seed=seed, **options
-    )
-    if sampling and not measuring:
-        for _ in trajectories(at=[0]):
-            pass
-    config = pruned_config(origin.config, choice.kept)
-    settings = _recorded(origin.settings(), choice, layers)
-    if chosen:
-        measured = {"prompts": None if prompts is None else str(prompts), "count": len(chosen), "steps": sampling_steps}
-        settings["pruning"] |= {"seed": seed, "calibration": measured}
-    pruned = grown_weights(weights, config, choice.kept, seed=0)
-
-    def healed(whole: Path, transformer: Path) -> Path:
-        if heal is not None and pipe is not None:
-            if sampling:
-                heal_on_samples(whole, pipe, samples, heal)
-            else:
-                heal_on_scenes(whole, pipe, heal)
-        return whole
-
-    if heal is not None:
-        heal = heal.for_kept(choice.kept, layers)
-        settings["pruning"]["healing"] = dataclasses.asdict(heal)
-    origin.rewrite(target, config, pruned, settings, shard_bytes=shard_bytes, finish=healed)
-    return choice
 
 
-def _recorded(settings: dict[str, Any], choice: Choice, layers: int) -> dict[str, Any]:
+def _measured(prompts: str | None, count: int, steps: int, seed: int) -> dict[str, Any]:
+    """What the record says of a calibration."""
+    return {
+        "seed": seed,
+        "calibration": {"prompts": None if prompts is None else str(prompts), "count": count, "steps": steps},
+    }
+
+
+def _recorded(
+    settings: dict[str, Any],
+    choice: Choice,
+    layers: int,
+    heal: Healing | None,
+    measured: dict[str, Any] | None,
+) -> dict[str, Any]:
     """The source's settings with the pruning, and its growth map with the blocks that are left."""
     settings["pruning"] = {"by": choice.by, "source_layers": layers, "kept": choice.kept, "spent": choice.spent}
     if choice.removed:
         settings["pruning"]["removed"] = choice.removed
+    settings["pruning"] |= measured or {}
+    if heal is not None:
+        settings["pruning"]["healing"] = dataclasses.asdict(heal)
     growth = settings.get("growth")
     if isinstance(growth, dict) and isinstance(growth.get("map"), list) and len(growth["map"]) == layers:
         growth["map"] = [growth["map"][i] for i in choice.kept]

@@ -198,7 +198,7 @@ def test_lowers_the_loss_and_distillation_the_distance(tmp_path):
         return total
 
     folders = [tmp_path / name for name in ("plain", "healed", "distilled")]
-    for folder, heal in zip(folders, (None, Healing(50, batch_size=16, distill=0), Healing(50, batch_size=8))):
+    for folder, heal in zip(folders, (None, Healing(20, batch_size=4, distill=0), Healing(20, batch_size=4))):
         prune_folder("mini", folder, by="indices", indices=KEPT, heal=heal)
     plain, healed, distilled = map(loss, folders)
     assert healed < plain
@@ -351,7 +351,7 @@ def test_prompts_from_a_file_are_recorded_as_they_were_counted(tmp_path):
 def test_few_blocks_are_healed_too(tmp_path, kept):
     """The rate has a limit: without one the loss of 1 or 2 blocks of 12 grew a thousandfold."""
     prune_folder("mini", tmp_path / "plain", indices=kept)
-    prune_folder("mini", tmp_path / "healed", indices=kept, heal=Healing(20, batch_size=8))
+    prune_folder("mini", tmp_path / "healed", indices=kept, heal=Healing(12, batch_size=4))
     pipe = Pipeline.from_pretrained("mini")
     (batch, *_) = sana15.calibration(pipe, ["a red circle", "two blue stars"], steps=2)
     plain, healed = (

@@ -124,7 +124,7 @@ def test_it_learns(tmp_path, distill):
 
     before = losses()
     lr = None if distill else 1e-3
-    healing = Healing(25, lr=lr, batch_size=8, distill=distill, data="samples").for_kept(KEPT, 12)
+    healing = Healing(20, lr=lr, batch_size=4, distill=distill, data="samples").for_kept(KEPT, 12)
     heal_on_samples(tmp_path / "out", pipe, samples_of(pipe, PROMPTS * 8), healing)
     after = losses()
     if distill:
