@@ -168,6 +168,23 @@ def recorded_kept(folder: Path) -> list[int]:
     return kept
 
 
+def recorded_blocks(path: Path) -> tuple[list[int], int | None]:
+    """The block numbers in a file, and the depth of the model that they are of: a pruned folder's sana15.json, or a JSON list (None).
+
+    Raises:
+        DataError: a file without such a list.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pruning = values["pruning"] if isinstance(values, dict) else {"kept": values}
+        kept, depth = pruning["kept"], pruning.get("source_layers")
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+        kept, depth = None, None
+    if not isinstance(kept, list):
+        raise DataError(f"{path} holds no list of block numbers and no pruning")
+    return kept, depth
+
+
 def recorded_map(folder: str | Path, layers: int) -> list[int | None]:
     """The growth map in a folder's sana15.json; empty where none is recorded.
 

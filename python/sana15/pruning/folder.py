@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import re
 from collections import deque
@@ -14,10 +13,9 @@ from typing import Any
 
 from ..device import resolved
 from ..growth.growing import grown_weights
-from ..model.folder import SETTINGS, ModelFolder
+from ..model.folder import SETTINGS, ModelFolder, recorded_blocks
 from ..sampling.pipeline import Pipeline
 from ..storage.concurrency import claiming, require_one_process
-from ..storage.files import DataError
 from ..storage.values import parse_bytes
 from ..storage.weights import weights_sha256
 from .choice import Choice
@@ -139,7 +137,7 @@ def _check(
 
 
 def _measured(prompts: str | None, count: int, steps: int, seed: int) -> dict[str, Any]:
-    """What the record says of a calibration."""
+    """Describes a calibration for the record."""
     return {
         "seed": seed,
         "calibration": {"prompts": None if prompts is None else str(prompts), "count": count, "steps": steps},
@@ -182,15 +180,8 @@ def read_indices(text: str, layers: int) -> list[int]:
         path = path / SETTINGS
     if not path.exists():
         raise ValueError(f"--indices must be numbers as in 0,1,3 or a file that exists, got {text!r}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        pruning = values["pruning"] if isinstance(values, dict) else {"kept": values}
-        kept, depth = pruning["kept"], pruning.get("source_layers", layers)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path} holds no list of block numbers and no pruning") from None
-    if not isinstance(kept, list):
-        raise DataError(f"{path} holds no list of block numbers and no pruning")
-    if depth != layers:
+    kept, depth = recorded_blocks(path)
+    if depth not in (None, layers):
         raise ValueError(f"{path} tells of a model of {depth} blocks that was pruned, the source has {layers}")
     return kept
 
