@@ -42,7 +42,7 @@ from sana15.scenes import testset
 from sana15.scenes.prompts import parse
 from sana15.training.config import load_config
 from sana15.training.distillation import Distillation
-from sana15.training.judge import train as train_judge
+from sana15.training.judge import train_judge
 from sana15.training.run import train
 from sana15.training.text_task import TextTask
 

@@ -128,7 +128,7 @@ def batch(
     return pictures, *targets([(scene, damaged) for scene, _, damaged in made])
 
 
-def train(
+def train_judge(
     steps: int, *, batch_size: int = 64, lr: float = 2e-3, seed: int = 0, autoencoder: str | Path | None = MINI / "vae",
     width: int = 48, blocks: int = 4, report: Callable[[int, float], None] | None = None,
 ) -> LearnedJudge:  # fmt: skip
@@ -177,7 +177,7 @@ def _train_to(args: argparse.Namespace) -> None:
             bar.update()
             bar.set_postfix(loss=f"{error:.3f}", refresh=False)
 
-        judge = train(
+        judge = train_judge(
             args.steps, batch_size=args.batch_size, seed=args.seed, autoencoder=args.autoencoder, report=report
         )  # fmt: skip
     judge.save(args.out)

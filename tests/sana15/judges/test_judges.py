@@ -25,7 +25,7 @@ from sana15.scenes.scene import sample_scene
 from sana15.scenes.spec import Clause, Spec
 from sana15.scenes.vocabulary import COLOR_NAMES, SHAPES
 from sana15.storage.files import DataError
-from sana15.training.judge import batch, sample, targets, train
+from sana15.training.judge import batch, sample, targets, train_judge
 
 
 def picture(spec=SPEC, seed=0):
@@ -134,9 +134,9 @@ def test_objects_are_found_where_the_network_says():
 def test_training_learns_and_repeats(tmp_path):
     losses = []
     arguments = {"batch_size": 16, "autoencoder": None, "width": 16, "blocks": 1}
-    judge = train(30, **arguments, report=lambda step, error: losses.append(error))
+    judge = train_judge(30, **arguments, report=lambda step, error: losses.append(error))
     assert losses[-1] < 0.5 * losses[0]
-    again = train(30, **arguments)
+    again = train_judge(30, **arguments)
     assert judge.identity() == again.identity()
     judge.save(tmp_path)
     loaded = judges.make(f"learned:{tmp_path}")

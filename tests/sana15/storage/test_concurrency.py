@@ -327,7 +327,7 @@ def test_a_launcher_of_several_processes_is_refused(variables, model, tmp_path, 
     with pytest.raises(ValueError, match="healing runs in one process"):
         flow_steps(None, [], [], 1)
     with pytest.raises(ValueError, match="training a judge runs in one process"):
-        learned_training.train(1)
+        learned_training.train_judge(1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
