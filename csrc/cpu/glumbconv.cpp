@@ -1,7 +1,6 @@
 #include "../glue/glumbconv.h"
 
 #include "glue.h"
-
 #include "kernels/dwconv_glu.h"
 
 namespace sana_ext::cpu {

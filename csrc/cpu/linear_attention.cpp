@@ -1,8 +1,8 @@
 #include "kernels/linear_attention.h"
 
-#include "kernels/norm_modulate.h"
 #include "../glue/linear_attention.h"
 #include "glue.h"
+#include "kernels/norm_modulate.h"
 
 namespace sana_ext::cpu {
 namespace {

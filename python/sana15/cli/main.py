@@ -86,15 +86,16 @@ class _Stderr(logging.StreamHandler[Any]):
 def _messages_on_stderr() -> Iterator[None]:
     """Shows what the commands say beside their result; every module of sana15 says it to its logger."""
     logger = logging.getLogger("sana15")
-    handler, level = _Stderr(sys.stderr), logger.level
+    handler, ours = _Stderr(sys.stderr), logger.level == logging.NOTSET
     logger.addHandler(handler)
-    if level == logging.NOTSET:
+    if ours:
         logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        if ours:  # not what was found: another thread's command may have set that
+            logger.setLevel(logging.NOTSET)
 
 
 def _explained(error: Exception) -> tuple[object, int] | None:

@@ -54,7 +54,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    require_positive(args, "candidates", "trial_steps", "learning_steps", "group", "rank")
+    require_positive(args, "candidates", "learning_steps", "group", "rank")
+    if args.trial_steps is not None and args.trial_steps < 0:  # 0 judges without healing
+        raise ValueError(f"trial_steps must be at least 0, got {args.trial_steps}")
     if (args.indices is None and args.importance is None) or args.heal_on == "samples":
         require_calibration(args)
     from ..pruning.folder import run

@@ -43,6 +43,7 @@ LIGHT = [
     (PRUNE, ["--batch-size", "0"], "batch_size must be a positive integer, got 0"),
     (PRUNE, ["--by", "learned", "--rank", "0"], "rank must be a positive integer, got 0"),
     (PRUNE, ["--by", "search", "--candidates", "0"], "candidates must be a positive integer, got 0"),
+    (PRUNE, ["--by", "search", "--trial-steps", "-1"], "trial_steps must be at least 0, got -1"),
     (DEMO, ["--steps", "0"], "steps must be a positive integer, got 0"),
     (["info", "1600M", "--memory"], ["--batch", "0"], "batch must be at least 1, got 0"),
 ]
@@ -119,3 +120,10 @@ assert "torch" not in sys.modules
 """
     words = [[*command, *bad] for command, bad, _ in LIGHT]
     subprocess.run([sys.executable, "-c", code, repr(words)], check=True, stderr=subprocess.PIPE)
+
+
+def test_no_trial_steps_are_allowed(damaged, tmp_path, capsys):
+    """Zero of them judges without healing: what is wrong is then the folder."""
+    options = ["--keep", "6", "--by", "search", "--trial-steps", "0"]
+    assert main(["prune", str(damaged), str(tmp_path / "out"), *options]) == 3
+    assert "trial" not in capsys.readouterr().err
