@@ -10,10 +10,12 @@ if TYPE_CHECKING:
 
 #: Name -> what it asks. The module of that name holds an EXPERIMENT.
 EXPERIMENTS = {
-    "growth": "how a grown model trains on, by the strategy it was grown with",
-    "pruning": "what depth pruning costs, and how much of it healing brings back",
+    "growth": "what growing a base to three times its depth saves against that depth from scratch",
+    "pruning": "what depth pruning costs, what healing brings back, and whether training that depth would be better",
     "scaling": "what search gains: one image picked of N by the learned judge",
-    "optimizers": "whether the 8-bit optimizers learn as their fp32 forms do",
+    "sizes": "at which compute a small model with search passes a larger one",
+    "optimizers": "whether the 8-bit optimizers learn as their fp32 forms do, and what 16-bit weights lose",
+    "kernels": "whether training with these kernels is training with stock ops, and how fast each is",
     "judges": "how well the learned judge tells right images from wrong ones",
     "agreement": "how well the exact checker agrees with the renderer",
 }

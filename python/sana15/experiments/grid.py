@@ -32,10 +32,11 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Place:
-    """The place where a cell works: a folder that all cells of the experiment share, and the device to compute on."""
+    """The place where a cell works: a folder that all cells of the experiment share, one of all experiments, and the device."""
 
     folder: Path
     device: str
+    common: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class Cell:
         name: a file name, unique in the experiment.
         run: computes the cell's JSON object. A cell that is killed is run again from its start.
         after: names of the cells whose files it reads.
+        made: what it leaves for others, a path below the common folder. Where only results were kept (a checkout has no
+            weights), a cell whose file is needed is computed again. "": it leaves nothing there.
     """
 
     name: str
     run: Callable[[Place], dict[str, Any]]
     after: tuple[str, ...] = ()
+    made: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,44 +100,67 @@ def run_cells(
         ValueError: the folder holds cells of other options, or no cell is called so.
     """
     claim(folder, options)
-    cells = {cell.name: cell for cell in experiment.cells(options)}
-    waiting = _needed(cells, [name for name in cells if only in name])
-    if not waiting:
+    grid = _Grid(experiment, options, folder, device)
+    asked = [name for name in grid.cells if only in name]
+    if not asked:
         raise ValueError(f"no cell of {experiment.name} has {only!r} in its name; --list shows them")
-    total = len(waiting)
-    while waiting := [name for name in waiting if not _path(folder, name).exists()]:
-        ready = [name for name in waiting if all(_path(folder, a).exists() for a in cells[name].after)]
-        if not any(_compute(experiment, cells[name], folder, device, progress) for name in ready):
+    while todo := grid.waiting(asked):
+        ready = [name for name in todo if all(map(grid.is_there, grid.cells[name].after))]
+        if not any(grid.compute(name, progress) for name in ready):
             time.sleep(POLL_SECONDS)  # another process has them
-    progress(f"{experiment.name}: {total} of {total} cells")
+    progress(f"{experiment.name}: {len(asked)} of {len(grid.cells)} cells are done")
 
 
-def _needed(cells: Mapping[str, Cell], names: Sequence[str]) -> list[str]:
-    """The cells and all that they come after, in the experiment's order."""
-    found: set[str] = set()
-    todo = list(names)
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            todo += cells[name].after
-    return [name for name in cells if name in found]
+class _Grid:
+    """The cells of an experiment and what of them is in its folder."""
+
+    def __init__(self, experiment: Experiment, options: Any, folder: Path, device: str) -> None:
+        self.name, self.folder = experiment.name, folder
+        self.cells = {cell.name: cell for cell in experiment.cells(options)}
+        self.place = Place(folder / "shared", device, common_folder(folder))
+
+    def is_done(self, name: str) -> bool:
+        return _path(self.folder, name).exists()
+
+    def is_there(self, name: str) -> bool:
+        """Tells whether a cell is done and what it left for others can be read."""
+        made = self.cells[name].made
+        return self.is_done(name) and (not made or (self.place.common / made).exists())
+
+    def waiting(self, asked: Sequence[str]) -> list[str]:
+        """Those of the asked cells that are not done, and what must be computed for them, in the experiment's order."""
+        found: set[str] = set()
+        todo = [name for name in asked if not self.is_done(name)]
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo += [a for a in self.cells[name].after if not self.is_there(a)]
+        return [name for name in self.cells if name in found]
+
+    def compute(self, name: str, progress: Callable[[str], None]) -> bool:
+        """Computes the cell; False where another process computes it, or has just done so."""
+        cell, path = self.cells[name], _path(self.folder, name)
+        lock = self.folder / "locks" / name
+        if cell.made:  # other experiments make it, too
+            lock = self.place.common / "locks" / cell.made.replace("/", "--")
+        with _locked(lock) as mine:
+            if not mine or self.is_there(name):
+                return False
+            progress(f"{self.name}: {name} ...")
+            began = time.perf_counter()
+            result = cell.run(self.place)
+            record = {"cell": name, "seconds": round(time.perf_counter() - began, 1), **origin(), "result": result}
+            if not path.exists():  # a result that was kept stays, where only its files were missing
+                with replacing(path) as partial:
+                    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            progress(f"{self.name}: {name} in {record['seconds']} s")
+        return True
 
 
-def _compute(experiment: Experiment, cell: Cell, folder: Path, device: str, progress: Callable[[str], None]) -> bool:
-    """Computes the cell; False where another process computes it, or has just done so."""
-    path = _path(folder, cell.name)
-    with _locked(folder / "locks" / cell.name) as mine:
-        if not mine or path.exists():
-            return False
-        progress(f"{experiment.name}: {cell.name} ...")
-        began = time.perf_counter()
-        result = cell.run(Place(folder / "shared", device))
-        record = {"cell": cell.name, "seconds": round(time.perf_counter() - began, 1), **origin(), "result": result}
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        progress(f"{experiment.name}: {cell.name} in {record['seconds']} s")
-    return True
+def common_folder(folder: Path) -> Path:
+    """The folder beside an experiment's, with what several experiments read."""
+    return folder.parent / "common"
 
 
 def done(experiment: Experiment, options: Any, folder: Path) -> dict[str, dict[str, Any]]:
@@ -152,13 +179,28 @@ def claim(folder: Path, options: Any) -> None:
                 raise ValueError(
                     f"{folder} holds cells with {name} {theirs.get(name)}, now it is {ours.get(name)}; another --out"
                 )
+        _restore(folder)
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else: there is no {path.name}; another --out")
-    for part in ("cells", "locks", "shared"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    _make_folders(folder)
     with replacing(path) as partial:
         partial.write_text(json.dumps(ours) + "\n", encoding="utf-8")
+
+
+def _make_folders(folder: Path) -> None:
+    for part in (folder / "cells", folder / "locks", folder / "shared", common_folder(folder) / "locks"):
+        part.mkdir(parents=True, exist_ok=True)
+
+
+def _restore(folder: Path) -> None:
+    """Makes the cells' files of the report's NAME.json: a checkout has that alone."""
+    _make_folders(folder)
+    ledger = folder / f"{folder.name}.json"
+    for name, record in (read_json(ledger) if ledger.exists() else {}).items():
+        if not _path(folder, name).exists():
+            with replacing(_path(folder, name)) as partial:
+                partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def write_report(experiment: Experiment, options: Any, folder: Path, command: str) -> str:

@@ -1,52 +1,40 @@
-"""Measures how a grown mini model trains on: every strategy's loss at the start and after some steps, beside two controls.
+"""Measures what growth in depth saves: a base grown to three times its depth against that depth from scratch.
 
-12 blocks to 18; `source` trains on with its 12, `scratch` starts with 18 blocks of random weights (autoencoder and text
-encoder are the mini model's everywhere). All arms of a seed see the same images, prompts, noise and noise levels. The
-optimizer is AdamW, as in configs/mini.yaml: the first some hundred steps of CAME are many times its rate, which would
-spoil a model that is trained already. Rates are constant and not tuned by arm, so that arms compare by their starts. The
-loss is the flow loss of rendered scenes that no run trains on, with the averaged weights.
+The base has 4 blocks; partial preservation and the other strategies grow its trunk to 12 and train on. Late expansion
+begins with one block and is grown when most of the steps are done. All arms of a seed see the same scenes and noise.
+The loss is the flow loss of scenes that no run trains on, the score the exact checker's.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import sana_ext.optim
 
-from ..growth.folder import grow_folder
-from ..model.checkpoint import save_transformer
-from ..model.config import SanaConfig
-from ..model.folder import MINI
 from ..model.transformer import SanaTransformer
-from ..sampling import flow
-from ..sampling.pipeline import Pipeline
-from ..storage.files import staging
-from ..training.config import TrainConfig, TransformerConfig
-from ..training.data import SceneBatches
-from ..training.run import train
-from ..training.tasks import initialise
+from . import latents
 from .figure import axes_of
-from .grid import Cell, Experiment, Place, Report, Results
+from .grid import Cell, Experiment, Report, Results
+from .intervals import crossing, over_seeds, shown
+from .trajectory import Method, Origin, Recipe, Run, groups_of, model_name, run_cells, step_flops, steps_of
 
-#: Arm -> arguments of growth; None: no growth.
-ARMS: dict[str, dict[str, Any] | None] = {
-    "source": None,
-    "partial_preservation-12": {"strategy": "partial_preservation", "keep": 12},
-    "partial_preservation-10": {"strategy": "partial_preservation", "keep": 10},  # the paper drops the last two
-    "interleave": {"strategy": "interleave"},
-    "cyclic": {"strategy": "cyclic"},
-    "block_replication": {"strategy": "block_replication"},
-    "stack": {"strategy": "stack"},
-    "scratch": None,
+#: Arms of one seed -> arguments of growth from the base. `drop_one` leaves out its last block, as the paper does its last two.
+ABLATIONS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "drop_one": (("strategy", "partial_preservation"), ("keep", 3)),
+    "interleave": (("strategy", "interleave"),),
+    "cyclic": (("strategy", "cyclic"),),
+    "block_replication": (("strategy", "block_replication"),),
+    "stack": (("strategy", "stack"),),
+    "new_blocks_faster": (("strategy", "partial_preservation"), ("keep", 4)),
+    "came8bit": (("strategy", "partial_preservation"), ("keep", 4)),
 }
-HELD_OUT = 987_654_321  # seed of the images and noise that judge
-BATCH_JUDGED = 64
+PRESERVED = (("strategy", "partial_preservation"), ("keep", 4))
+FASTER = 2.0  # rate of new blocks over that of old ones, in the arm of that name
+CAME_RATE = 1 / 3  # of AdamW's: CAME's updates have rms 1, AdamW's mostly less
 
 
 @dataclass(frozen=True)
@@ -54,136 +42,182 @@ class Options:
     """Sizes of the experiment.
 
     Attributes:
-        at: steps at which the loss is taken, ascending. batch: images of a step.
-        lr: of all arms but scratch, which takes scratch_lr, that of configs/mini.yaml.
-        judged: held-out scenes, a multiple of 64.
+        marks: steps at which base and scratch are judged. grown: the same for grown arms, counted from growth.
+        late: steps of the one block of late expansion before it is grown, of `marks[-1]` in all.
     """
 
-    arms: tuple[str, ...] = tuple(ARMS)
-    seeds: tuple[int, ...] = (0,)
-    layers: int = 18
-    at: tuple[int, ...] = (50, 100, 200)
-    batch: int = 64
-    warmup: int = 20
-    lr: float = 2e-4
-    scratch_lr: float = 1.5e-3
-    judged: int = 512
-
-    def rate(self, arm: str) -> float:
-        return self.scratch_lr if arm == "scratch" else self.lr
+    seeds: tuple[int, ...] = (0, 1, 2)
+    base: int = 4
+    layers: int = 12
+    marks: tuple[int, ...] = (500, 1000, 2000)
+    grown: tuple[int, ...] = (250, 500, 1000, 2000)
+    late: int = 1600
+    ablations: tuple[str, ...] = tuple(ABLATIONS)
+    ablation_marks: tuple[int, ...] = (250, 1000)
+    recipe: Recipe = field(default_factory=Recipe)
 
 
+TINY = Recipe(scenes=128, batch=4, judged=64, every=60, sampler_steps=2)
 BUDGETS = {
-    "smoke": Options(arms=("interleave", "scratch"), at=(1, 2), batch=2, judged=64),
-    "small": Options(),
-    "full": Options(seeds=(0, 1, 2)),
-}
+    "smoke": Options(
+        seeds=(0,), base=1, layers=2, marks=(1, 2), grown=(1, 2), late=1, ablations=("cyclic",), ablation_marks=(1,),
+        recipe=TINY,
+    ),
+    "small": Options(seeds=(0,), ablations=("interleave",)),
+    "full": Options(),
+}  # fmt: skip
 
 
-@torch.no_grad()
-def held_out_loss(folder: Path, options: Options, device: str) -> float:
-    """Mean flow loss with text of the model in a pipeline folder."""
-    pipe = Pipeline.from_pretrained(folder, device=device)
-    batches = SceneBatches(HELD_OUT, BATCH_JUDGED, options.judged // BATCH_JUDGED)
-    losses = []
-    for batch in (batches[i] for i in range(len(batches))):
-        generator = torch.Generator().manual_seed(HELD_OUT + batch.step)
-        x0 = pipe.autoencoder.encode(batch.pictures.to(pipe.device))
-        text, mask = pipe.text.encode(batch.prompts)
-        noise = torch.randn(x0.shape, generator=generator).to(pipe.device)
-        sigma = flow.sample_sigmas(len(x0), generator, flow_shift=pipe.flow_shift, stratified=True).to(pipe.device)
-
-        def velocity(
-            x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text, mask: torch.Tensor = mask
-        ) -> torch.Tensor:
-            return pipe.transformer(x, text, t, mask)
-
-        losses.append(flow.loss(velocity, x0, noise, sigma))
-    return torch.cat(losses).mean().item()
+def base(options: Options, seed: int) -> Run:
+    return Run("base", seed, options.base)
 
 
-def start(folder: Path, arm: str, layers: int, seed: int) -> None:
-    """Makes the pipeline folder that an arm's training starts from."""
-    growth = ARMS[arm]
-    if growth is not None:
-        grow_folder("mini", folder, layers=layers, seed=seed, **growth)
-        return
-    with staging(folder) as staged:
-        shutil.copytree(MINI, staged)
-        if arm == "scratch":
-            torch.manual_seed(seed)
-            model = SanaTransformer(dataclasses.replace(SanaConfig.load(MINI / "transformer"), num_layers=layers))
-            initialise(model)
-            shutil.rmtree(staged / "transformer")
-            save_transformer(model, staged / "transformer")
-        staged.rename(folder)
+def scratch(options: Options, seed: int) -> Run:
+    return Run("scratch", seed, options.layers)
 
 
-def trained(place: Place, options: Options, arm: str, seed: int, steps: int) -> dict[str, Any]:
-    """Trains an arm on to a step, from where the cell before stopped; 0 makes its start. The loss of what is there then."""
-    folder = place.folder / f"{arm}-{seed}-start"
-    if not folder.exists():
-        start(folder, arm, options.layers, seed)
-    made = folder
-    if steps:
-        transformer = TransformerConfig(
-            autoencoder=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), start=str(folder),
-            flow_shift=Pipeline.from_pretrained(folder).flow_shift, export="fp32",
-        )  # fmt: skip
-        made = train(TrainConfig(
-            out=str(place.folder / f"{arm}-{seed}"), seed=seed, steps=steps, batch_size=options.batch,
-            warmup=options.warmup, ema=0.95, lr=options.rate(arm), precision="bf16", device=place.device,
-            save_every=steps, keep=1, sample_every=10**9, sample_steps=1, transformer=transformer,
-        ))  # fmt: skip
-    return {"arm": arm, "seed": seed, "steps": steps, "loss": held_out_loss(made, options, place.device)}
+def grown(options: Options, seed: int, name: str = "partial_preservation") -> Run:
+    """An arm that begins with the base's last trunk; its marks count from there."""
+    growth = dict(ABLATIONS.get(name, PRESERVED))
+    growth = {k: min(v, options.base) if k == "keep" else v for k, v in growth.items()}
+    start = Origin(base(options, seed), options.marks[-1], tuple(growth.items()))
+    lr = CAME_RATE if name == "came8bit" else 1.0
+    return Run(name, seed, options.layers, start, lr=lr, new_rate=FASTER if name == "new_blocks_faster" else 1.0)
+
+
+def late(options: Options, seed: int) -> tuple[Run, Run]:
+    """The one block, and what it is grown to; steps are counted through."""
+    one = Run("one_block", seed, 1)
+    start = Origin(one, options.late, (("strategy", "partial_preservation"), ("keep", 1)))
+    return one, Run("late_expansion", seed, options.layers, start, first=options.late)
+
+
+def came8bit(model: SanaTransformer, recipe: Recipe, run: Run) -> Any:
+    return sana_ext.optim.CAME8bit(groups_of(model, run), lr=recipe.lr, bias_correction=True)
 
 
 def cells(options: Options) -> list[Cell]:
-    found = []
+    found, recipe = latents.cells(options.recipe.scenes), options.recipe
     for seed in options.seeds:
-        for arm in options.arms:
-            before: tuple[str, ...] = ()
-            for steps in (0, *options.at):
-                name = f"{arm}-{seed}-at-{steps}"
-                run = partial(trained, options=options, arm=arm, seed=seed, steps=steps)
-                found.append(Cell(name, run, before))
-                before = (name,)
+        found += run_cells(base(options, seed), options.marks, recipe)
+        found += run_cells(scratch(options, seed), options.marks, recipe)
+        found += run_cells(grown(options, seed), options.grown, recipe)
+        one, expanded = late(options, seed)
+        found += run_cells(one, (), recipe, trunk_only=(options.late,))
+        found += run_cells(expanded, options.marks[-1:], recipe)
+    for name in options.ablations:
+        method = Method(make=came8bit) if name == "came8bit" else Method()
+        found += run_cells(grown(options, options.seeds[0], name), options.ablation_marks, recipe, method)
     return found
 
 
-def report(options: Options, results: Results, folder: Path) -> Report:
-    """Means over seeds, and the largest distance of a seed from its mean."""
-    losses: dict[tuple[str, int], list[float]] = {}
-    for result in results.values():
-        losses.setdefault((result["arm"], result["steps"]), []).append(result["loss"])
-    marks = (0, *options.at)
-    lines = [
-        f"Flow loss of {options.judged} held-out scenes; AdamW, batch {options.batch}.",
-        "",
-        "| start | blocks | rate | seeds | " + " | ".join(f"{m} steps" for m in marks) + " |",
-        "|---" * (4 + len(marks)) + "|",
+@dataclass(frozen=True)
+class Arm:
+    """An arm's runs, the marks at which they are judged, and the large model's steps behind each."""
+
+    name: str
+    runs: tuple[Run, ...]
+    marks: tuple[int, ...]
+
+    def values(self, results: Results, mark: int, key: str) -> list[float]:
+        names = [model_name(run, mark) for run in self.runs]
+        return [results[name][key] for name in names if name in results]
+
+    def steps(self, mark: int, recipe: Recipe) -> int:
+        """Steps at the arm's own depth."""
+        return steps_of(mark, recipe) - self.runs[0].first
+
+
+def arms(options: Options) -> list[Arm]:
+    seeds = options.seeds
+    return [
+        Arm("base", tuple(base(options, s) for s in seeds), options.marks),
+        Arm("scratch", tuple(scratch(options, s) for s in seeds), options.marks),
+        Arm("partial_preservation", tuple(grown(options, s) for s in seeds), options.grown),
+        Arm("late_expansion", tuple(late(options, s)[1] for s in seeds), options.marks[-1:]),
+        *(Arm(name, (grown(options, seeds[0], name),), options.ablation_marks) for name in options.ablations),
     ]
-    for arm in options.arms:
-        runs = len(losses.get((arm, 0), []))
-        blocks = SanaConfig.load(MINI / "transformer").num_layers if arm == "source" else options.layers
-        row = " | ".join(_shown(losses.get((arm, mark), [])) for mark in marks)
-        lines.append(f"| {arm} | {blocks} | {options.rate(arm):g} | {runs} | {row} |")
-    return Report("\n".join(lines), partial(_draw, options, losses))
 
 
-def _shown(values: list[float]) -> str:
-    if not values:
-        return "-"
-    mean = statistics.mean(values)
-    return f"{mean:.4f} ± {max(abs(v - mean) for v in values):.4f}"
+def report(options: Options, results: Results, folder: Path) -> Report:
+    recipe = options.recipe
+    unit = step_flops(scratch(options, 0), recipe) * steps_of(options.marks[-1], recipe)
+    lines = [
+        f"Width {recipe.width}, batch {recipe.batch}, AdamW at {recipe.lr:g}; base {options.base} blocks, all others "
+        f"{options.layers}. A model of a mark is the trunk's, its rate let fall to zero over {recipe.decay_part:.0%} more "
+        f"steps, which are counted. Compute 1 is that of scratch at its last mark; a grown arm's includes its source's.",
+        "",
+        "| arm | steps at its depth | compute | seeds | held-out loss | score |",
+        "|---" * 6 + "|",
+    ]
+    for arm in arms(options):
+        for mark in arm.marks:
+            if losses := arm.values(results, mark, "loss"):
+                cost = arm.values(results, mark, "flops")[0] / unit
+                lines.append(
+                    f"| {arm.name} | {arm.steps(mark, recipe)} | {cost:.3f} | {len(losses)} | {shown(losses, 4)} | "
+                    f"{shown(arm.values(results, mark, 'score'))} |"
+                )
+    lines += ["", *saved(options, results)]
+    return Report("\n".join(lines), partial(_draw, options, results, unit))
 
 
-def _draw(options: Options, losses: dict[tuple[str, int], list[float]], path: Path) -> None:
-    with axes_of(path, xlabel="step", ylabel="flow loss of held-out scenes", yscale="log") as axes:
-        for arm in options.arms:
-            marks = [m for m in (0, *options.at) if (arm, m) in losses]
-            means = [statistics.mean(losses[arm, m]) for m in marks]
-            axes.plot(marks, means, "o-", label=arm, linewidth=1, markersize=3)
+def saved(options: Options, results: Results) -> list[str]:
+    """Says, seed by seed and in the mean, how many steps and how much compute growth needs to scratch's last loss."""
+    recipe, last = options.recipe, options.marks[-1]
+    _, whole, preserved, expanded, *_ = arms(options)
+    found: dict[str, list[float]] = {"steps": [], "compute": []}
+    missed, gaps = 0, []
+    for own, target in zip(preserved.runs, whole.runs):
+        names = [model_name(own, mark) for mark in options.grown]
+        if model_name(target, last) not in results or not all(name in results for name in names):
+            continue
+        goal = results[model_name(target, last)]
+        losses = [results[name]["loss"] for name in names]
+        steps = crossing([steps_of(m, recipe) for m in options.grown], losses, goal["loss"])
+        compute = crossing([results[name]["flops"] for name in names], losses, goal["loss"])
+        if steps is None or compute is None:
+            missed += 1
+            continue
+        found["steps"].append(1 - steps / goal["steps"])
+        found["compute"].append(1 - compute / goal["flops"])
+    for own, target in zip(expanded.runs, whole.runs):
+        pair = [results.get(model_name(run, last)) for run in (own, target)]
+        if pair[0] and pair[1]:
+            gaps.append(pair[0]["loss"] - pair[1]["loss"])
+    lines = []
+    if found["steps"]:
+        lines.append(
+            f"To scratch's last loss partial preservation saves {_percent(found['steps'])} of the steps at full depth, and "
+            f"{_percent(found['compute'])} of all compute with the base's counted ({len(found['steps'])} seeds)."
+        )
+    if missed:
+        lines.append(f"In {missed} seeds partial preservation does not reach that loss in {options.grown[-1]} steps.")
+    if gaps:
+        lines.append(
+            f"Late expansion, {options.late} of {last} steps with one block, ends {shown(gaps, 4, '+')} from scratch's loss."
+        )
+    return lines
+
+
+def _percent(values: Sequence[float]) -> str:
+    mean, half = over_seeds(values)
+    return f"{100 * mean:.0f} %" + (f" (± {100 * half:.0f})" if len(values) > 1 else "")
+
+
+def _draw(options: Options, results: Results, unit: float, path: Path) -> None:
+    with axes_of(path, xlabel="training compute (scratch = 1)", ylabel="held-out flow loss", xscale="log") as axes:
+        for number, arm in enumerate(arms(options)):
+            marks = [m for m in arm.marks if arm.values(results, m, "loss")]
+            if not marks:
+                continue
+            means, halves = zip(*(over_seeds(arm.values(results, m, "loss")) for m in marks))
+            xs = [arm.values(results, m, "flops")[0] / unit for m in marks]
+            error = halves if len(arm.runs) > 1 and max(halves) < 1 else None
+            style = "o-" if len(arm.runs) > 1 else "x--"
+            axes.errorbar(
+                xs, means, yerr=error, fmt=style, color=f"C{number % 10}", label=arm.name, linewidth=1, markersize=3
+            )
 
 
 EXPERIMENT = Experiment("growth", BUDGETS, cells, report)

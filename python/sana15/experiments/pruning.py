@@ -1,37 +1,60 @@
-"""Measures what depth pruning costs the mini model, and how much of it a short healing brings back.
+"""Measures what depth pruning costs, how much of it healing brings back, and whether training that depth would be better.
 
-12 blocks to 8, 6 and 4 by each strategy; per seed (of calibration, choice and healing) the exact checker's score before
-pruning, after it and after healing, on the same prompts and noise.
+The sources are the growth experiment's models from scratch, one a seed. Each is pruned by every strategy to two thirds, half
+and a third of its depth; score and loss are taken before pruning, after it and after healing, on the same prompts and noise.
+The comparison is a model of that depth trained from scratch with the compute of source and healing together.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
-from ..model.config import SanaConfig
-from ..model.folder import MINI
+from ..model.checkpoint import load_transformer
+from ..model.depth import Watched, with_blocks
+from ..model.transformer import SanaTransformer
 from ..pruning.folder import prune_folder
-from ..pruning.healing import DISTILL, LR, LR_LIMIT, PLAIN_PART, Healing
+from ..pruning.healing import BATCH, DISTILL, LR, LR_LIMIT, NOISES, PLAIN_PART, Healing
 from ..pruning.importance import Importance, block_importance
-from ..pruning.removal import STRATEGIES, choose
+from ..pruning.removal import choose, highest
 from ..pruning.trajectory import CalibrationBatch, calibration, calibration_prompts
 from ..sampling.pipeline import Pipeline
-from ..scenes.checker import check
-from ..scenes.testset import load
-from ..storage.files import replacing
+from ..storage.files import read_json, replacing
+from . import latents
 from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
+from .growth import TINY
+from .intervals import shown
+from .trajectory import (
+    Recipe,
+    Run,
+    flops,
+    held_out_loss,
+    model_name,
+    model_path,
+    run_cells,
+    scores,
+    step_flops,
+    steps_of,
+    test_prompts,
+)
 
 DRAWS = 2000
+#: "authors" is the released code's rule (NVlabs/Sana, issue 269): 1 - |cosine|. "contiguous" leaves out neighbours.
+STRATEGIES = ("importance", "authors", "loss", "learned", "contiguous", "uniform", "random")
+#: Most steps of one cell of the comparison from scratch, so that it stays below eight minutes.
+TRUNK = 2000
 
 
 @dataclass(frozen=True)
@@ -39,118 +62,180 @@ class Options:
     """Sizes of the experiment.
 
     Attributes:
-        keep: blocks that stay. every: every how many prompts of the test set. n: images per prompt.
+        blocks, mark: of the sources, growth's `scratch` runs. keep: blocks that stay. n: images per prompt.
         count: calibration prompts. heal: steps of healing, whose rates follow `rates` (they are the package's own).
     """
 
-    by: tuple[str, ...] = tuple(s for s in STRATEGIES if s != "indices")
+    by: tuple[str, ...] = STRATEGIES
+    blocks: int = 12
+    mark: int = 2000
     keep: tuple[int, ...] = (8, 6, 4)
-    seeds: tuple[int, ...] = (0,)
-    every: int = 5
-    n: int = 2
-    steps: int = 20
+    seeds: tuple[int, ...] = (0, 1, 2)
+    n: int = 1
     count: int = 100
     heal: int = 100
     distill: float = DISTILL
     rates: tuple[float, ...] = (LR, LR_LIMIT, PLAIN_PART)
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 BUDGETS = {
-    "smoke": Options(by=("importance", "loss"), keep=(8,), every=60, n=1, steps=2, count=2, heal=1),
-    "small": Options(by=("importance", "learned"), every=10),
-    "full": Options(seeds=(0, 1, 2)),
+    "smoke": Options(
+        by=("importance", "authors", "contiguous"),
+        blocks=2,
+        mark=2,
+        keep=(1,),
+        seeds=(0,),
+        count=2,
+        heal=1,
+        recipe=TINY,
+    ),
+    "small": Options(by=("importance", "learned", "uniform"), seeds=(0,)),
+    "full": Options(),
 }
 
 
-def prompts(options: Options) -> list[dict[str, Any]]:
-    return load()[:: options.every]
+def source(options: Options, seed: int) -> Run:
+    return Run("scratch", seed, options.blocks)
 
 
-def scores(folder: Path, options: Options, device: str) -> list[float]:
-    """Returns for every prompt the part of its images that the exact checker accepts."""
-    entries = prompts(options)
-    made = Pipeline.from_pretrained(folder, device=device)(
-        [e["prompt"] for e in entries], n=options.n, seed=777, steps=options.steps, batch_size=64
-    )
-    return [float(np.mean([check(np.asarray(p), e).correct for p in images])) for e, images in zip(entries, made)]
+def source_folder(place: Place, options: Options, seed: int) -> Path:
+    return place.common / model_path(source(options, seed), options.mark, options.recipe)
 
 
-def calibrated(options: Options, seed: int, device: str) -> tuple[Pipeline, Iterator[CalibrationBatch]]:
-    pipe = Pipeline.from_pretrained(MINI, device=device)
+def work_path(options: Options, seed: int, name: str) -> str:
+    """Returns the path, below the common folder, of what is known of a source's blocks."""
+    return f"{source(options, seed).path(options.recipe)}/pruning-{options.mark}/{name}.json"
+
+
+def calibrated(place: Place, options: Options, seed: int) -> tuple[Pipeline, Iterator[CalibrationBatch]]:
+    pipe = Pipeline.from_pretrained(source_folder(place, options, seed), device=place.device)
     asked = calibration_prompts(pipe, None, options.count, seed)
-    return pipe, calibration(pipe, asked, steps=options.steps, seed=seed)
+    return pipe, calibration(pipe, asked, steps=options.recipe.sampler_steps, seed=seed)
+
+
+@torch.no_grad()
+def authors_rule(model: SanaTransformer, batches: Sequence[CalibrationBatch]) -> list[float]:
+    """Each block's mean of 1 - |cosine| of its input and output along the width."""
+    sums = np.zeros(model.config.num_layers)
+    for batch in batches:
+        found: list[float] = []
+
+        def measure(before: torch.Tensor, after: torch.Tensor, found: list[float] = found) -> None:
+            found.append((1 - F.cosine_similarity(before.double(), after.double(), dim=-1).abs()).mean().item())
+
+        watched = with_blocks(model, [Watched(block, measure) for block in model.transformer_blocks])
+        watched(batch.latents, batch.text, batch.timestep, batch.mask)
+        sums += np.array(found)
+    return (sums / len(batches)).tolist()
 
 
 def measured(place: Place, options: Options, seed: int) -> dict[str, Any]:
-    """Measures importance and loss of the blocks once, for all depths."""
-    pipe, batches = calibrated(options, seed, place.device)
-    with replacing(place.folder / f"importance-{seed}.json") as path:
-        block_importance(pipe.transformer, batches).save(path)
-    return {"seed": seed}
+    """Measures importance, the authors' rule and loss of the blocks once, for all depths; and scores the source."""
+    pipe, batches = calibrated(place, options, seed)
+    kept = list(batches)
+    found = block_importance(pipe.transformer, kept)
+    rule = authors_rule(pipe.transformer, kept)
+    found.save(_made(place, options, seed, "importance"))
+    _made(place, options, seed, "authors").write_text(json.dumps({"rule": rule}) + "\n", encoding="utf-8")
+    folder = source_folder(place, options, seed)
+    return {
+        "seed": seed, "cosine": found.cosine, "authors": rule, "loss_change": found.loss_change,
+        "whole": scores(folder, options.recipe, place.device, options.n),
+        "loss": held_out_loss(pipe.transformer, options.recipe, place),
+    }  # fmt: skip
 
 
-def searched(place: Place, options: Options, seed: int) -> dict[str, Any]:
-    """Searches down to the fewest blocks: more blocks are on its way."""
-    pipe, batches = calibrated(options, seed, place.device)
-    choice = choose(
-        pipe.transformer, pipe.config.num_layers, min(options.keep), "search", batches=batches, seed=seed,
-        flow_shift=pipe.flow_shift,
-    )  # fmt: skip
-    with replacing(place.folder / f"searched-{seed}.json") as path:
-        path.write_text(json.dumps(choice.removed) + "\n", encoding="utf-8")
-    return {"seed": seed, "removed": choice.removed}
+def _made(place: Place, options: Options, seed: int, name: str) -> Path:
+    path = place.common / work_path(options, seed, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def chosen(place: Place, options: Options, by: str, keep: int, seed: int) -> list[int]:
     """The blocks that stay."""
-    layers = SanaConfig.load(MINI / "transformer").num_layers
-    if by == "search":
-        removed = json.loads((place.folder / f"searched-{seed}.json").read_text(encoding="utf-8"))
-        return sorted(set(range(layers)) - set(removed[: layers - keep]))
-    if by in ("importance", "loss"):
-        importance = Importance.load(place.folder / f"importance-{seed}.json")
+    layers = options.blocks
+    if by == "uniform":
+        return [i * layers // keep for i in range(keep)]
+    if by == "random":
+        return sorted(random.Random(f"{seed}/{keep}").sample(range(layers), keep))
+    if by == "authors":
+        return highest(read_json(_made(place, options, seed, "authors"))["rule"], keep)
+    if by in ("importance", "loss", "contiguous"):
+        importance = Importance.load(_made(place, options, seed, "importance"))
+        if by == "contiguous":
+            return contiguous(importance.cosine, keep)
         return choose(None, layers, keep, by, importance=importance).kept
-    pipe, batches = calibrated(options, seed, place.device)
+    pipe, batches = calibrated(place, options, seed)
     return choose(pipe.transformer, layers, keep, by, batches=batches, seed=seed, flow_shift=pipe.flow_shift).kept
+
+
+def contiguous(importance: Sequence[float], keep: int) -> list[int]:
+    """The blocks outside that run of neighbours which has the least importance in all."""
+    layers = len(importance)
+    first = min(range(keep + 1), key=lambda i: sum(importance[i : i + layers - keep]))
+    return [i for i in range(layers) if not first <= i < first + layers - keep]
 
 
 def pruned(place: Place, options: Options, by: str, keep: int, seed: int) -> dict[str, Any]:
     kept = chosen(place, options, by, keep, seed)
-    with replacing(place.folder / f"kept-{by}-{keep}-{seed}.json") as path:
-        path.write_text(json.dumps(kept) + "\n", encoding="utf-8")
-    return {"by": by, "keep": keep, "seed": seed, "kept": kept, "pruned": _scored(place, options, kept, None)}
+    with replacing(_made(place, options, seed, f"kept-{by}-{keep}")) as path:
+        path.write_text(json.dumps({"kept": kept}) + "\n", encoding="utf-8")
+    return {"by": by, "keep": keep, "seed": seed, "kept": kept} | _judged(place, options, kept, seed, None)
 
 
 def healed(place: Place, options: Options, by: str, keep: int, seed: int) -> dict[str, Any]:
-    kept = json.loads((place.folder / f"kept-{by}-{keep}-{seed}.json").read_text(encoding="utf-8"))
+    kept = read_json(_made(place, options, seed, f"kept-{by}-{keep}"))["kept"]
     healing = Healing(options.heal, seed=seed, distill=options.distill)
-    return {"by": by, "keep": keep, "seed": seed, "healed": _scored(place, options, kept, healing)}
+    return {"by": by, "keep": keep, "seed": seed} | _judged(place, options, kept, seed, healing)
 
 
-def _scored(place: Place, options: Options, kept: list[int], heal: Healing | None) -> list[float]:
+def _judged(place: Place, options: Options, kept: list[int], seed: int, heal: Healing | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=place.folder) as work:
         target = Path(work, "pruned")
-        prune_folder("mini", target, by="indices", indices=kept, heal=heal, device=place.device)
-        return scores(target, options, place.device)
+        prune_folder(
+            source_folder(place, options, seed), target, by="indices", indices=kept, heal=heal, device=place.device
+        )
+        model = load_transformer(target / "transformer").to(place.device)
+        return {
+            "scores": scores(target, options.recipe, place.device, options.n),
+            "loss": held_out_loss(model, options.recipe, place),
+        }
+
+
+def healing_flops(options: Options, keep: int) -> float:
+    """FLOPs of healing: a step of the student, and the source's forward pass as its teacher."""
+    samples = options.heal * BATCH * NOISES / options.recipe.batch
+    return samples * (
+        step_flops(Run("", 0, keep), options.recipe) + step_flops(Run("", 0, options.blocks), options.recipe) / 3
+    )
+
+
+def comparison(options: Options, keep: int, seed: int) -> tuple[Run, int]:
+    """A run from scratch at the pruned depth, and the mark at which it has had the compute of source and healing."""
+    run = Run(f"depth_{keep}", seed, keep)
+    total = flops(source(options, seed), options.mark, options.recipe) + healing_flops(options, keep)
+    return run, round(total / step_flops(run, options.recipe) / (1 + options.recipe.decay_part))
 
 
 def cells(options: Options) -> list[Cell]:
-    def whole(place: Place) -> dict[str, Any]:
-        return {"whole": scores(MINI, options, place.device)}
-
-    found = [Cell("whole", whole)]
+    found, recipe = latents.cells(options.recipe.scenes), options.recipe
     for seed in options.seeds:
-        if {"importance", "loss"} & set(options.by):
-            found.append(Cell(f"measured-{seed}", partial(measured, options=options, seed=seed)))
-        if "search" in options.by:
-            found.append(Cell(f"searched-{seed}", partial(searched, options=options, seed=seed)))
-        for by in options.by:
-            before = {"search": (f"searched-{seed}",), "learned": ()}.get(by, (f"measured-{seed}",))
-            for keep in options.keep:
+        found += run_cells(
+            source(options, seed), (options.mark,), recipe, trunk_only=(options.mark // 4, options.mark // 2)
+        )
+        model, known = model_name(source(options, seed), options.mark), f"measured-{seed}"
+        made = work_path(options, seed, "authors")
+        found.append(Cell(known, partial(measured, options=options, seed=seed), (model,), made))
+        for keep in options.keep:
+            for by in options.by:
                 given: dict[str, Any] = {"options": options, "by": by, "keep": keep, "seed": seed}
-                found.append(Cell(f"pruned-{by}-{keep}-{seed}", partial(pruned, **given), before))
-                after = (f"pruned-{by}-{keep}-{seed}",)
-                found.append(Cell(f"healed-{by}-{keep}-{seed}", partial(healed, **given), after))
+                name, made = f"pruned-{by}-{keep}-{seed}", work_path(options, seed, f"kept-{by}-{keep}")
+                found.append(Cell(name, partial(pruned, **given), (known, model), made))
+                found.append(Cell(f"healed-{by}-{keep}-{seed}", partial(healed, **given), (name, model)))
+            run, mark = comparison(options, keep, seed)
+            between = [m for m in range(TRUNK, mark, TRUNK) if mark - m > TRUNK // 4]
+            found += run_cells(run, (mark,), recipe, trunk_only=between)
     return found
 
 
@@ -166,10 +251,11 @@ def recovered(
     """Values with 95 % intervals of a bootstrap that draws prompts within their categories, and seeds.
 
     Args:
-        whole: [P] score of each prompt before pruning. pruned, healed: [seeds, P].
+        whole: [seeds, P] score of each prompt before pruning. pruned, healed: [seeds, P].
 
     Returns:
-        "pruned", "healed": scores; "lost": before minus pruned; "recovered": (healed - pruned) / (before - pruned).
+        "pruned", "healed": scores; "lost": before minus pruned; "recovered": (healed - pruned) / (before - pruned), NaN
+        where nothing is lost.
     """
     rng = np.random.default_rng(0)
     kinds, found = np.array(tags), []
@@ -181,44 +267,66 @@ def recovered(
                 [rng.choice(np.flatnonzero(kinds == t), (kinds == t).sum()) for t in dict.fromkeys(tags)]
             )
         drawn = [tags[int(i)] for i in rows]
-        before = float(overall(whole[rows], drawn))
-        after, again = (float(overall(x[seeds][:, rows].mean(0), drawn)) for x in (pruned, healed))
+        before, after, again = (float(overall(x[seeds][:, rows].mean(0), drawn)) for x in (whole, pruned, healed))
         lost = before - after
         found.append((after, again, lost, (again - after) / lost if lost else np.nan))
     table = np.array(found)
-    low, high = np.nanquantile(table[1:], [0.025, 0.975], axis=0)
     names = ("pruned", "healed", "lost", "recovered")
-    return {name: (float(table[0, i]), float(low[i]), float(high[i])) for i, name in enumerate(names)}
+    return {name: (float(column[0]), *_interval(column[1:])) for name, column in zip(names, table.T)}
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    there = values[~np.isnan(values)]
+    low, high = np.quantile(there, [0.025, 0.975]) if len(there) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def report(options: Options, results: Results, folder: Path) -> Report:
-    if "whole" not in results:
-        return Report("The model before pruning is not scored yet.")
-    tags = [e["tag"] for e in prompts(options)]
-    whole = np.array(results["whole"]["whole"])
+    tags = [e["tag"] for e in test_prompts(options.recipe)]
+    seeds = [s for s in options.seeds if f"measured-{s}" in results]
+    if not seeds:
+        return Report("No model before pruning is scored yet.")
+    before = [results[f"measured-{s}"] for s in seeds]
+    whole = [float(overall(np.array(b["whole"]), tags)) for b in before]
     lines = [
-        f"{len(tags)} prompts (every {options.every}th of the test set), {options.n} images each, {options.steps} steps; "
-        f"healing: {options.heal} steps, distillation {options.distill:g}. Before pruning: {overall(whole, tags):.3f}.",
+        f"{options.blocks} blocks of width {options.recipe.width}; {len(tags)} prompts, {options.n} images each; healing: "
+        f"{options.heal} steps of {BATCH} scenes at {NOISES} noise levels, distillation {options.distill:g}. Before "
+        f"pruning: score {shown(whole)}, loss {shown([b['loss'] for b in before], 4)}. Scores: 95 % intervals of a "
+        "bootstrap over prompts and seeds; losses: means over seeds.",
         "",
-        "| blocks | by | seeds | pruned | healed | lost | part of it recovered |",
-        "|---" * 7 + "|",
+        "| blocks | by | seeds | pruned | healed | part of the loss recovered | held-out loss, pruned | healed |",
+        "|---" * 8 + "|",
     ]
     points: dict[str, dict[int, tuple[float, float, float]]] = {}
     for keep in options.keep:
         for by in options.by:
-            both = [
-                (results[f"pruned-{by}-{keep}-{s}"]["pruned"], results[f"healed-{by}-{keep}-{s}"]["healed"])
-                for s in options.seeds
-                if f"healed-{by}-{keep}-{s}" in results
-            ]
-            if not both:
+            there = [s for s in seeds if f"healed-{by}-{keep}-{s}" in results]
+            if not there:
                 continue
-            cut, again = (np.array(rows) for rows in zip(*both))
-            numbers = recovered(whole, cut, again, tags)
-            shown = " | ".join(f"{v:.3f} ({a:.3f} - {b:.3f})" for v, a, b in numbers.values())
-            lines.append(f"| {keep} | {by} | {len(both)} | {shown} |")
+            rows = [[results[f"{what}-{by}-{keep}-{s}"] for s in there] for what in ("pruned", "healed")]
+            cut, again = (np.array([r["scores"] for r in row]) for row in rows)
+            numbers = recovered(np.array([results[f"measured-{s}"]["whole"] for s in there]), cut, again, tags)
+            spread = " | ".join(_shown(*numbers[name]) for name in ("pruned", "healed", "recovered"))
+            losses = " | ".join(shown([r["loss"] for r in row], 4) for row in rows)
+            lines.append(f"| {keep} | {by} | {len(there)} | {spread} | {losses} |")
             points.setdefault(by, {})[keep] = numbers["healed"]
-    return Report("\n".join(lines), partial(_draw, float(overall(whole, tags)), points))
+        lines += _compared(options, results, keep)
+    return Report("\n".join(lines), partial(_draw, float(np.mean(whole)), points))
+
+
+def _shown(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} ({low:.3f} - {high:.3f})" if np.isfinite(value) else "-"
+
+
+def _compared(options: Options, results: Results, keep: int) -> list[str]:
+    """The row of models of that depth from scratch with the compute of source and healing."""
+    runs = [comparison(options, keep, s) for s in options.seeds]
+    there = [results[model_name(*pair)] for pair in runs if model_name(*pair) in results]
+    if not there:
+        return []
+    steps = steps_of(runs[0][1], options.recipe)
+    score, loss = shown([r["score"] for r in there]), shown([r["loss"] for r in there], 4)
+    return [f"| {keep} | from scratch, {steps} steps | {len(there)} | - | {score} | - | - | {loss} |"]
 
 
 def _draw(whole: float, points: dict[str, dict[int, tuple[float, float, float]]], path: Path) -> None:
