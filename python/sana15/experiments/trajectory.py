@@ -66,7 +66,7 @@ class Recipe:
     width: int = 64
     scenes: int = 4 * latents.PART
     batch: int = 32
-    lr: float = 2e-3
+    lr: float = 4e-3
     decay_part: float = 0.2
     judged: int = JUDGED
     every: int = EVERY

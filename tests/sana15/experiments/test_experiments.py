@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
 from sana15.cli import main
-from sana15.experiments import BUDGETS, EXPERIMENTS, grid, load, pruning
+from sana15.experiments import BUDGETS, EXPERIMENTS, grid, load, pruning, trajectory
 from sana15.experiments.grid import Cell, Experiment, Place, Report, claim, done, run_cells, write_report
 from sana15.experiments.judges import auc
 from sana15.experiments.pruning import recovered
 from sana15.pruning.healing import Healing
+from sana15.pruning.trajectory import CalibrationBatch
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,39 @@ def test_the_report_says_where_it_comes_from(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_ledger_without_files_goes_on(tmp_path):
+    """A checkout has NAME.json alone: results stay, and what a waiting cell reads is computed again, nothing else."""
+    ran = []
+
+    def cell(name, after=()):
+        def run(place):
+            ran.append(name)
+            (place.common / name).write_text(name)
+            return {"read": [(place.common / a).read_text() for a in after]}
+
+        return Cell(name, run, after, made=name)
+
+    experiment = Experiment(
+        "chain", {}, lambda options: [cell("a"), cell("b", ("a",)), cell("c", ("b",)), cell("d", ("a",))],
+        lambda options, results, folder: Report("chain"),
+    )  # fmt: skip
+    run(experiment, tmp_path / "one/chain", only="b")
+    assert ran == ["a", "b"]
+    write_report(experiment, Options(), tmp_path / "one/chain", "")
+    other = tmp_path / "two/chain"
+    other.mkdir(parents=True)
+    for name in ("chain.json", "options.json"):
+        (other / name).write_bytes((tmp_path / "one/chain" / name).read_bytes())
+    (other / "options.json").write_bytes((tmp_path / "one/chain/options.json").read_bytes())
+    before = done(experiment, Options(), tmp_path / "one/chain")
+    ran.clear()
+    run(experiment, other, only="d")
+    assert ran == ["a", "d"]
+    run(experiment, other)
+    assert ran == ["a", "d", "b", "c"]
+    assert {name: done(experiment, Options(), other)[name] for name in before} == before
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_its_budgets_and_cells(name):
     experiment = load(name)
@@ -175,7 +210,7 @@ def test_a_wrong_name_is_one_line(capsys):
 
 def test_the_list_of_cells_computes_nothing(tmp_path, capsys):
     assert main(["reproduce", "optimizers", "--budget", "smoke", "--list", "--out", str(tmp_path / "o")]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "optimizers: adamw-0"
+    assert capsys.readouterr().out.splitlines()[0] == "optimizers: scenes-128-00"
     assert not (tmp_path / "o").exists()
 
 
@@ -198,7 +233,7 @@ def test_agreement_from_cells_to_table(tmp_path, capsys):
 def test_part_of_the_loss_that_is_recovered():
     """Categories count alike, however many prompts they have; the interval is there where prompts differ."""
     tags = ["counting"] * 2 + ["colors"] * 6
-    whole = np.array([1.0, 1.0] + [0.8] * 6)
+    whole = np.array([[1.0, 1.0] + [0.8] * 6] * 3)
     pruned = np.array([[0.0, 0.0] + [0.4] * 6] * 3)
     healed = np.array([[0.5, 0.5] + [0.8] * 6] * 3)
     found = recovered(whole, pruned, healed, tags)
@@ -215,7 +250,7 @@ def test_part_of_the_loss_that_is_recovered():
 
 def test_seeds_widen_the_interval():
     tags = ["counting"] * 4
-    whole, pruned = np.ones(4), np.zeros((3, 4))
+    whole, pruned = np.ones((3, 4)), np.zeros((3, 4))
     same, apart = np.full((3, 4), 0.5), np.repeat([[0.2], [0.5], [0.8]], 4, axis=1)
     assert recovered(whole, pruned, same, tags)["recovered"] == pytest.approx((0.5, 0.5, 0.5))
     value, low, high = recovered(whole, pruned, apart, tags)["recovered"]
@@ -224,12 +259,55 @@ def test_seeds_widen_the_interval():
     assert high >= 0.7
 
 
-def test_one_search_serves_all_depths(tmp_path):
-    """Its order of removals is kept; a shallower choice is the order's beginning, without another search."""
-    (tmp_path / "searched-3.json").write_text("[5, 2, 7, 1, 6, 4]")
-    place, options = Place(tmp_path, "cpu"), pruning.Options()
-    assert pruning.chosen(place, options, "search", 8, 3) == [0, 3, 4, 6, 8, 9, 10, 11]
-    assert pruning.chosen(place, options, "search", 6, 3) == [0, 3, 8, 9, 10, 11]
+def test_nothing_lost_is_nothing_to_recover(recwarn):
+    """A part of nothing is no number, and no warning of an empty quantile either."""
+    same = np.full((2, 3), 0.5)
+    assert np.isnan(recovered(same, same, same, ["a"] * 3)["recovered"]).all()
+    assert not recwarn.list
+
+
+def test_simple_strategies_keep_what_they_say(tmp_path):
+    place, options = Place(tmp_path, "cpu", tmp_path), pruning.Options()
+    assert pruning.chosen(place, options, "uniform", 8, 0) == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert pruning.chosen(place, options, "random", 8, 0) == pruning.chosen(place, options, "random", 8, 0)
+    assert pruning.chosen(place, options, "random", 8, 0) != pruning.chosen(place, options, "random", 8, 1)
+    pruning._made(place, options, 2, "authors").write_text('{"rule": [0.5, 0.1, 0.9, 0.9]}')
+    assert pruning.chosen(place, options, "authors", 2, 2) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("importance", "kept"), [([5, 1, 1, 5], [0, 3]), ([1, 1, 5, 5], [2, 3]), ([5, 5, 1, 1], [0, 1])]
+)
+def test_contiguous_leaves_out_the_least_important_neighbours(importance, kept):
+    assert pruning.contiguous(importance, 2) == kept
+
+
+def test_the_authors_rule_ignores_the_sign():
+    """A block that turns its input round has the largest 1 - cosine, and nothing of the authors' rule."""
+    model = trajectory.scratch(2, 32, 0).eval()
+    with torch.no_grad():
+        batch = CalibrationBatch(
+            torch.randn(1, 16, 2, 2), torch.zeros(0), torch.zeros(1), torch.randn(1, 3, 128), torch.ones(1, 3),
+            torch.zeros(0), torch.zeros(0), 0.5, 0, 0,
+        )  # fmt: skip
+
+        class Turned(torch.nn.Module):
+            def forward(self, x, *rest, **named):
+                return -x
+
+        model.transformer_blocks[0] = Turned()
+    first, second = pruning.authors_rule(model, [batch])
+    assert first == pytest.approx(0, abs=1e-12)
+    assert second > 1e-4
+
+
+def test_the_comparison_has_the_same_compute():
+    options = pruning.Options()
+    for keep in options.keep:
+        run, mark = pruning.comparison(options, keep, 0)
+        spent = trajectory.flops(pruning.source(options, 0), options.mark, options.recipe)
+        spent += pruning.healing_flops(options, keep)
+        assert trajectory.flops(run, mark, options.recipe) == pytest.approx(spent, rel=1e-3)
 
 
 def test_the_blocks_that_were_pruned_are_healed(tmp_path, monkeypatch):
@@ -241,17 +319,19 @@ def test_the_blocks_that_were_pruned_are_healed(tmp_path, monkeypatch):
         asked.append((indices, heal))
 
     monkeypatch.setattr(pruning, "prune_folder", prune)
-    monkeypatch.setattr(pruning, "scores", lambda folder, options, device: [1.0 if folder == pruning.MINI else 0.5])
-    monkeypatch.setattr(pruning, "measured", lambda place, options, seed: {})
+    monkeypatch.setattr(pruning, "scores", lambda *given: [0.5])
+    monkeypatch.setattr(pruning, "load_transformer", lambda folder: trajectory.scratch(1, 32, 0))
+    monkeypatch.setattr(pruning, "held_out_loss", lambda *given: 0.25)
     monkeypatch.setattr(pruning, "chosen", lambda *given: [3, 4])
-    monkeypatch.setattr(pruning, "prompts", lambda options: [{"tag": "a"}])
+    monkeypatch.setattr(pruning, "test_prompts", lambda recipe: [{"tag": "a"}])
     cells = {cell.name: cell for cell in pruning.cells(options)}
-    place = Place(tmp_path, "cpu")
-    results = {name: cells[name].run(place) for name in ("whole", "pruned-importance-8-4")}
+    place = Place(tmp_path, "cpu", tmp_path)
+    results = {"measured-4": {"whole": [1.0], "loss": 0.2}}
+    results["pruned-importance-8-4"] = cells["pruned-importance-8-4"].run(place)
     assert "| 8 |" not in pruning.report(options, results, tmp_path).text
     results["healed-importance-8-4"] = cells["healed-importance-8-4"].run(place)
     assert asked == [([3, 4], None), ([3, 4], Healing(7, seed=4, distill=3.0))]
-    assert "| 8 | importance | 1 | 0.500 (" in pruning.report(options, results, tmp_path).text
+    assert "| 8 | importance | 1 | 0.500 (0.500 - 0.500) |" in pruning.report(options, results, tmp_path).text
 
 
 # Judges
