@@ -20,7 +20,8 @@ from . import latents
 from .figure import axes_of
 from .grid import Cell, Experiment, Report, Results
 from .intervals import crossing, over_seeds, shown
-from .trajectory import Method, Origin, Recipe, Run, groups_of, model_name, run_cells, step_flops, steps_of
+from .judging import Recipe
+from .trajectory import Method, Origin, Run, groups_of, model_name, run_cells, step_flops, steps_of
 
 #: Arms of one seed -> arguments of growth from the base. `drop_one` leaves out its last block, as the paper does its last two.
 ABLATIONS: dict[str, tuple[tuple[str, Any], ...]] = {

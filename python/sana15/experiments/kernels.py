@@ -26,7 +26,8 @@ from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
 from .growth import TINY
 from .intervals import shown
-from .trajectory import CAPTION_DROP, CLIP, FLOW_SHIFT, WARMUP, Recipe, scratch
+from .judging import FLOW_SHIFT, Recipe
+from .trajectory import CAPTION_DROP, CLIP, WARMUP, scratch
 
 KINDS = ("diffusers", "patched", "sana15")
 STEADY = 10  # first steps, whose time is not counted

@@ -23,8 +23,9 @@ from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
 from .growth import TINY
 from .intervals import shown
+from .judging import Recipe
 from .muon import Muon, state_bytes
-from .trajectory import Method, Recipe, Run, groups_of, model_name, run_cells, steps_of, trunk_name
+from .trajectory import Method, Run, groups_of, model_name, run_cells, steps_of, trunk_name
 from .trajectory import scratch as scratch_model
 from .weights16 import Weights16
 

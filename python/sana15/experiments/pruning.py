@@ -36,19 +36,8 @@ from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
 from .growth import TINY
 from .intervals import shown
-from .trajectory import (
-    Recipe,
-    Run,
-    flops,
-    held_out_loss,
-    model_name,
-    model_path,
-    run_cells,
-    scores,
-    step_flops,
-    steps_of,
-    test_prompts,
-)
+from .judging import Recipe, held_out_loss, overall, scores, test_prompts
+from .trajectory import Run, flops, model_name, model_path, run_cells, step_flops, steps_of
 
 DRAWS = 2000
 #: "authors" is the released code's rule (NVlabs/Sana, issue 269): 1 - |cosine|. "contiguous" leaves out neighbours.
@@ -237,12 +226,6 @@ def cells(options: Options) -> list[Cell]:
             between = [m for m in range(TRUNK, mark, TRUNK) if mark - m > TRUNK // 4]
             found += run_cells(run, (mark,), recipe, trunk_only=between)
     return found
-
-
-def overall(values: NDArray[np.float64], tags: Sequence[str]) -> NDArray[np.float64]:
-    """The mean of the categories' means over the last axis."""
-    kinds = np.array(tags)
-    return np.mean([values[..., kinds == tag].mean(-1) for tag in dict.fromkeys(tags)], axis=0)
 
 
 def recovered(

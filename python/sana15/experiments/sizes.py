@@ -24,7 +24,8 @@ from . import growth, latents
 from .figure import axes_of
 from .grid import Cell, Experiment, Place, Report, Results
 from .intervals import over_seeds, shown
-from .trajectory import Recipe, Run, model_name, model_path, overall, run_cells, step_flops, test_prompts
+from .judging import Recipe, overall, test_prompts
+from .trajectory import Run, model_name, model_path, run_cells, step_flops
 
 PICKED_BY = ("learned", "oracle")
 
@@ -107,7 +108,7 @@ def curve(options: Options, results: Results, name: str, seed: int, by: str) -> 
     scores, worth = (_joined(cells, key) for key in ("scores", "worth"))
     picked = scores if by == "learned" else worth
     return [
-        overall(picked_worth(picked[None], worth, count, options.n // count).tolist(), tags) for count in options.counts
+        float(overall(picked_worth(picked[None], worth, count, options.n // count), tags)) for count in options.counts
     ]
 
 

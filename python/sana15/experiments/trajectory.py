@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +24,11 @@ import torch
 
 from ..growth.growing import grow
 from ..growth.optimizer import block_groups, block_multipliers
-from ..model.checkpoint import load_transformer, save_transformer
+from ..model.checkpoint import save_transformer
 from ..model.config import SanaConfig
 from ..model.folder import MINI
 from ..model.transformer import SanaTransformer
 from ..sampling import flow
-from ..sampling.pipeline import Pipeline
-from ..scenes.checker import check
-from ..scenes.testset import load as test_set
 from ..storage.files import read_json, read_tensors, staging
 from ..training.checkpoints import checkpoints, resume, save
 from ..training.distillation import training_loss
@@ -39,38 +36,16 @@ from ..training.loop import fit
 from ..training.tasks import initialise
 from . import latents
 from .grid import Cell, Place
+from .judging import FLOW_SHIFT, Recipe, held_out_loss, judged, velocity_of
 
 HEAD = 32  # width of an attention head, as in every published SANA
 CAPTION_DROP = 0.1
-FLOW_SHIFT = 2.0  # of the mini model, see configs/mini.yaml
 WARMUP = 100
 CLIP = 1.0
 RESULT = "result.json"
-#: Of the evaluation: held-out scenes of the loss, prompts of the test set (every fifth) and sampler steps of the score.
-JUDGED, EVERY, SAMPLER_STEPS = 512, 5, 20
 
 Around = Callable[[int], AbstractContextManager[None]]
 After = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the runs of an experiment have in common.
-
-    Attributes:
-        width: of the transformer. scenes: of the data set. batch: scenes of a step. decay_part: steps of a branch over
-            those of its mark. judged: held-out scenes, a multiple of 64. every: every how many prompts of the test set
-            are drawn and checked.
-    """
-
-    width: int = 64
-    scenes: int = 4 * latents.PART
-    batch: int = 32
-    lr: float = 4e-3
-    decay_part: float = 0.2
-    judged: int = JUDGED
-    every: int = EVERY
-    sampler_steps: int = SAMPLER_STEPS
 
 
 @dataclass(frozen=True)
@@ -109,10 +84,6 @@ class Run:
 def steps_of(mark: int, recipe: Recipe) -> int:
     """Returns the steps behind the model of a mark: the trunk's and the branch's."""
     return mark + round(recipe.decay_part * mark)
-
-
-def velocity_of(model: SanaTransformer, text: torch.Tensor, mask: torch.Tensor) -> flow.Velocity:
-    return lambda x, t: model(x, text, t, mask)
 
 
 def groups_of(model: SanaTransformer, run: Run) -> list[dict[str, Any]]:
@@ -298,54 +269,6 @@ def write_pipeline(model: SanaTransformer, target: Path) -> None:
         shutil.copytree(MINI, made, ignore=shutil.ignore_patterns("transformer"))
         save_transformer(model, made / "transformer")
         made.rename(target)
-
-
-def load_model(place: Place, run: Run, mark: int, recipe: Recipe) -> SanaTransformer:
-    """The transformer of a mark's model, in eval mode."""
-    return load_transformer(place.common / model_path(run, mark, recipe) / "transformer").to(place.device)
-
-
-def held_out_losses(model: SanaTransformer, recipe: Recipe, place: Place) -> Iterator[torch.Tensor]:
-    """Yields [B] flow losses with text of held-out scenes, on noise that is the same for every model."""
-    x0s, prompts = latents.held_out(recipe.judged, place.device)
-    text_of = latents.load(place.common, recipe.scenes, place.device).encode
-    for number in range(0, len(x0s), latents.ENCODED):
-        x0 = x0s[number : number + latents.ENCODED]
-        generator = torch.Generator().manual_seed(latents.HELD_OUT + number)
-        noise = torch.randn(x0.shape, generator=generator).to(place.device)
-        sigma = flow.sample_sigmas(len(x0), generator, flow_shift=FLOW_SHIFT, stratified=True).to(place.device)
-        yield flow.loss(velocity_of(model, *text_of(prompts[number : number + len(x0)])), x0, noise, sigma)
-
-
-@torch.no_grad()
-def held_out_loss(model: SanaTransformer, recipe: Recipe, place: Place) -> float:
-    """Mean flow loss of the held-out scenes."""
-    return torch.cat(list(held_out_losses(model, recipe, place))).mean().item()
-
-
-def test_prompts(recipe: Recipe) -> list[dict[str, Any]]:
-    """The part of the test set that models are scored on."""
-    return test_set()[:: recipe.every]
-
-
-def scores(folder: Path, recipe: Recipe, device: str, n: int = 1) -> list[float]:
-    """For every prompt the share of its n images that the exact checker accepts; same noise for every model."""
-    entries = test_prompts(recipe)
-    pipe = Pipeline.from_pretrained(folder, device=device)
-    made = pipe([e["prompt"] for e in entries], n=n, seed=777, steps=recipe.sampler_steps, batch_size=64)
-    return [float(np.mean([check(np.asarray(p), e).correct for p in images])) for e, images in zip(entries, made)]
-
-
-def judged(folder: Path, recipe: Recipe, device: str) -> dict[str, Any]:
-    """The score by prompt, and `score`: the mean of the categories' means, as GenEval has it."""
-    values = scores(folder, recipe, device)
-    return {"scores": values, "score": overall(values, [e["tag"] for e in test_prompts(recipe)])}
-
-
-def overall(values: Sequence[float], tags: Sequence[str]) -> float:
-    """The mean of the categories' means."""
-    kinds = np.array(tags)
-    return float(np.mean([np.array(values)[kinds == tag].mean() for tag in dict.fromkeys(tags)]))
 
 
 def flops(run: Run, mark: int, recipe: Recipe) -> float:

@@ -17,14 +17,15 @@ from sana15.experiments.trajectory import (
     Origin,
     Run,
     flops,
-    load_model,
     model_name,
+    model_path,
     run_cells,
     scratch,
     step_flops,
     trunk_flops,
 )
 from sana15.experiments.weights16 import Weights16, cut
+from sana15.model.config import SanaConfig
 from sana15.storage.files import read_tensors
 from sana15.training.checkpoints import checkpoints
 from sana15.training.loop import fit
@@ -117,7 +118,7 @@ def test_a_grown_run_begins_as_its_source(place):
     found = computed(place, grown, (3,), Method(hooks=first_loss))
     assert seen["model"] == [0, None, None]
     assert found[model_name(grown, 3)]["layers"] == 3
-    assert load_model(place, grown, 3, TINY).config.num_layers == 3
+    assert SanaConfig.load(place.common / model_path(grown, 3, TINY) / "transformer").num_layers == 3
     # The third step's loss equals the source's own third step's: same draws, same function.
     computed(place, base, (), trunk_only=(2, 3))
     ours, theirs = (
