@@ -16,6 +16,9 @@ def add(commands: Any) -> None:
     reproduce.add_argument("--out", metavar="DIR", help="default out/reproduce-BUDGET; processes may share it")
     reproduce.add_argument("--only", default="", metavar="TEXT", help="only cells with this in their name")
     reproduce.add_argument("--list", action="store_true", help="name the cells, and say which are done")
+    reproduce.add_argument(
+        "--report", action="store_true", help="write tables and figures of what is done; compute nothing"
+    )
     device_option(reproduce)
     reproduce.set_defaults(run=run)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..device import resolved
 from . import EXPERIMENTS, load
-from .grid import done, run_cells, write_report
+from .grid import claim, done, run_cells, write_report
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,7 +26,10 @@ def run(args: argparse.Namespace) -> None:
                     + (f" done, {there[cell.name]['seconds']} s" if cell.name in there else "")
                 )
             continue
-        run_cells(experiment, options, folder, device=device, only=args.only)
+        if args.report:
+            claim(folder, options)
+        else:
+            run_cells(experiment, options, folder, device=device, only=args.only)
         command = shlex.join(["sana15", "reproduce", experiment.name, "--budget", args.budget])
         print(write_report(experiment, options, folder, command))
         print(f"written: {folder / experiment.name}.md, .json, .png")

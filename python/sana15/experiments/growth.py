@@ -17,7 +17,7 @@ import sana_ext.optim
 
 from ..model.transformer import SanaTransformer
 from . import latents
-from .figure import axes_of
+from .figure import panels_of
 from .grid import Cell, Experiment, Report, Results
 from .intervals import crossing, over_seeds, shown
 from .judging import Recipe
@@ -32,8 +32,10 @@ ABLATIONS: dict[str, tuple[tuple[str, Any], ...]] = {
     "stack": (("strategy", "stack"),),
     "new_blocks_faster": (("strategy", "partial_preservation"), ("keep", 4)),
     "came8bit": (("strategy", "partial_preservation"), ("keep", 4)),
+    "longer_base": (("strategy", "partial_preservation"), ("keep", 4)),
 }
 PRESERVED = (("strategy", "partial_preservation"), ("keep", 4))
+LONGER = 2  # steps of the base over those of the others, in the arm of that name
 FASTER = 2.0  # rate of new blocks over that of old ones, in the arm of that name
 CAME_RATE = 1 / 3  # of AdamW's: CAME's updates have rms 1, AdamW's mostly less
 
@@ -81,7 +83,8 @@ def grown(options: Options, seed: int, name: str = "partial_preservation") -> Ru
     """An arm that begins with the base's last trunk; its marks count from there."""
     growth = dict(ABLATIONS.get(name, PRESERVED))
     growth = {k: min(v, options.base) if k == "keep" else v for k, v in growth.items()}
-    start = Origin(base(options, seed), options.marks[-1], tuple(growth.items()))
+    mark = options.marks[-1] * (LONGER if name == "longer_base" else 1)
+    start = Origin(base(options, seed), mark, tuple(growth.items()))
     lr = CAME_RATE if name == "came8bit" else 1.0
     return Run(name, seed, options.layers, start, lr=lr, new_rate=FASTER if name == "new_blocks_faster" else 1.0)
 
@@ -100,7 +103,9 @@ def came8bit(model: SanaTransformer, recipe: Recipe, run: Run) -> Any:
 def cells(options: Options) -> list[Cell]:
     found, recipe = latents.cells(options.recipe.scenes), options.recipe
     for seed in options.seeds:
-        found += run_cells(base(options, seed), options.marks, recipe)
+        longer = "longer_base" in options.ablations and seed == options.seeds[0]
+        on = (LONGER * options.marks[-1],) if longer else ()
+        found += run_cells(base(options, seed), options.marks, recipe, trunk_only=on)
         found += run_cells(scratch(options, seed), options.marks, recipe)
         found += run_cells(grown(options, seed), options.grown, recipe)
         one, expanded = late(options, seed)
@@ -164,61 +169,81 @@ def report(options: Options, results: Results, folder: Path) -> Report:
 
 
 def saved(options: Options, results: Results) -> list[str]:
-    """Says, seed by seed and in the mean, how many steps and how much compute growth needs to scratch's last loss."""
+    """Says how many steps and how much compute growth needs to the losses of scratch, and where late expansion ends."""
     recipe, last = options.recipe, options.marks[-1]
     _, whole, preserved, expanded, *_ = arms(options)
-    found: dict[str, list[float]] = {"steps": [], "compute": []}
-    missed, gaps = 0, []
-    for own, target in zip(preserved.runs, whole.runs):
-        names = [model_name(own, mark) for mark in options.grown]
-        if model_name(target, last) not in results or not all(name in results for name in names):
-            continue
-        goal = results[model_name(target, last)]
-        losses = [results[name]["loss"] for name in names]
-        steps = crossing([steps_of(m, recipe) for m in options.grown], losses, goal["loss"])
-        compute = crossing([results[name]["flops"] for name in names], losses, goal["loss"])
-        if steps is None or compute is None:
-            missed += 1
-            continue
-        found["steps"].append(1 - steps / goal["steps"])
-        found["compute"].append(1 - compute / goal["flops"])
-    for own, target in zip(expanded.runs, whole.runs):
-        pair = [results.get(model_name(run, last)) for run in (own, target)]
-        if pair[0] and pair[1]:
-            gaps.append(pair[0]["loss"] - pair[1]["loss"])
-    lines = []
-    if found["steps"]:
-        lines.append(
-            f"To scratch's last loss partial preservation saves {_percent(found['steps'])} of the steps at full depth, and "
-            f"{_percent(found['compute'])} of all compute with the base's counted ({len(found['steps'])} seeds)."
-        )
-    if missed:
-        lines.append(f"In {missed} seeds partial preservation does not reach that loss in {options.grown[-1]} steps.")
+    lines = [
+        "Partial preservation's way to the loss that scratch has at a mark, seed by seed; saved are steps at full depth, and "
+        "compute with all of the base's counted.",
+        "",
+        "| to scratch's loss at | seeds | steps saved | compute saved | not reached |",
+        "|---" * 5 + "|",
+    ]
+    for mark in options.marks:
+        found, missed = _saved_at(options, results, preserved, whole, mark)
+        if found or missed:
+            more = "at least " if _reached_at_once(options, results, preserved, whole, mark) else ""
+            steps, compute = (more + _percent([row[i] for row in found]) for i in range(2))
+            lines.append(f"| {steps_of(mark, recipe)} steps | {len(found) + missed} | {steps} | {compute} | {missed} |")
+    names = [tuple(model_name(run, last) for run in pair) for pair in zip(expanded.runs, whole.runs)]
+    gaps = [
+        results[own]["loss"] - results[other]["loss"] for own, other in names if own in results and other in results
+    ]
     if gaps:
-        lines.append(
-            f"Late expansion, {options.late} of {last} steps with one block, ends {shown(gaps, 4, '+')} from scratch's loss."
-        )
+        lines += [
+            "",
+            f"Late expansion, {options.late} of {last} steps with one block, ends {shown(gaps, 4, '+')} from scratch's loss.",
+        ]
     return lines
 
 
+def _saved_at(
+    options: Options, results: Results, preserved: Arm, whole: Arm, mark: int
+) -> tuple[list[tuple[float, float]], int]:
+    """Shares of steps and compute saved by each seed, and how many seeds do not reach the loss."""
+    found, missed = [], 0
+    for own, target in zip(preserved.runs, whole.runs):
+        names = [model_name(own, m) for m in options.grown]
+        goal = results.get(model_name(target, mark))
+        if goal is None or not all(name in results for name in names):
+            continue
+        losses = [results[name]["loss"] for name in names]
+        steps = crossing([steps_of(m, options.recipe) for m in options.grown], losses, goal["loss"])
+        compute = crossing([results[name]["flops"] for name in names], losses, goal["loss"])
+        if steps is None or compute is None:
+            missed += 1
+        else:
+            found.append((1 - steps / goal["steps"], 1 - compute / goal["flops"]))
+    return found, missed
+
+
+def _reached_at_once(options: Options, results: Results, preserved: Arm, whole: Arm, mark: int) -> bool:
+    """Tells whether some seed is below scratch's loss at the first mark, so that what it saves is more than is told."""
+    names = [(model_name(o, options.grown[0]), model_name(t, mark)) for o, t in zip(preserved.runs, whole.runs)]
+    pairs = [(results[own]["loss"], results[other]["loss"]) for own, other in names if {own, other} <= results.keys()]
+    return any(own <= other for own, other in pairs)
+
+
 def _percent(values: Sequence[float]) -> str:
-    mean, half = over_seeds(values)
-    return f"{100 * mean:.0f} %" + (f" (± {100 * half:.0f})" if len(values) > 1 else "")
+    return f"{shown([100 * v for v in values], 0)} %" if values else "-"
 
 
 def _draw(options: Options, results: Results, unit: float, path: Path) -> None:
-    with axes_of(path, xlabel="training compute (scratch = 1)", ylabel="held-out flow loss", xscale="log") as axes:
+    shared = {"xlabel": "training compute (scratch = 1)", "xscale": "log"}
+    kinds = ("loss", "score")
+    labels = ("held-out flow loss", "score of the exact checker")
+    with panels_of(path, [shared | {"ylabel": label} for label in labels]) as panels:
         for number, arm in enumerate(arms(options)):
             marks = [m for m in arm.marks if arm.values(results, m, "loss")]
-            if not marks:
-                continue
-            means, halves = zip(*(over_seeds(arm.values(results, m, "loss")) for m in marks))
-            xs = [arm.values(results, m, "flops")[0] / unit for m in marks]
-            error = halves if len(arm.runs) > 1 and max(halves) < 1 else None
-            style = "o-" if len(arm.runs) > 1 else "x--"
-            axes.errorbar(
-                xs, means, yerr=error, fmt=style, color=f"C{number % 10}", label=arm.name, linewidth=1, markersize=3
-            )
+            for axes, key in zip(panels, kinds):
+                if not marks:
+                    continue
+                means, halves = zip(*(over_seeds(arm.values(results, m, key)) for m in marks))
+                axes.errorbar(
+                    [arm.values(results, m, "flops")[0] / unit for m in marks], means,
+                    yerr=halves if max(halves) < 1 else None, fmt="o-" if len(arm.runs) > 1 else "x--",
+                    color=f"C{number % 10}", label=arm.name, linewidth=1, markersize=3,
+                )  # fmt: skip
 
 
 EXPERIMENT = Experiment("growth", BUDGETS, cells, report)
