@@ -1,4 +1,4 @@
-"""How the experiments' models are judged: the flow loss of held-out scenes, and the exact checker's score of what they draw."""
+"""Judges the experiments' models: the flow loss of held-out scenes, and the exact checker's score of what they draw."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOW_SHIFT = 2.0  # of the mini model, see configs/mini.yaml
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the runs of an experiment have in common.
+    """The settings that the runs of an experiment share.
 
     Attributes:
         width: of the transformer. scenes: of the data set. batch: scenes of a step. decay_part: steps of a branch over

@@ -50,7 +50,7 @@ After = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a grown run begins: another run's trunk at a mark, and the arguments of growth."""
+    """The beginning of a grown run: another run's trunk at a mark, and the arguments of growth."""
 
     run: Run
     mark: int
@@ -103,7 +103,7 @@ def no_hooks(model: SanaTransformer, run: Run) -> tuple[Around, After]:
 
 @dataclass(frozen=True)
 class Method:
-    """How a run trains.
+    """The way a run trains.
 
     Attributes:
         make: the optimizer. hooks: a context around each step's loss and gradient, and what is called after its update.
