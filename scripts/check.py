@@ -321,6 +321,19 @@ def install() -> str:
     return f"{lines[-1]}; source distribution: {install_source_distribution(python)}"
 
 
+def require_whole(archive: Path) -> None:
+    """Fails unless the archive has every file of the checkout, and pytest finds every test in it."""
+    shutil.unpack_archive(archive, archive.parent)
+    root = next(path for path in archive.parent.iterdir() if path.is_dir())
+    missing = [name for name in run(["git", "ls-files", "-z"]).split("\0") if name and not (root / name).exists()]
+    if missing:
+        raise Failed(f"the source distribution lacks {', '.join(missing)}")
+    collect = [PYTHON, "-m", "pytest", "--collect-only", "-q"]
+    theirs, ours = (run(collect, {"PYTHONPATH": str(tree)}, tree) for tree in (root, ROOT))
+    if theirs != ours:
+        raise Failed(f"pytest finds other tests in the source distribution:\n{theirs}")
+
+
 def install_source_distribution(python: Path) -> str:
     """From an empty folder; once without kernels, whose wheel must not be found in pip's cache afterwards."""
     dist, empty, cache = OUT / "dist", OUT / "empty", OUT / "pip-cache"
@@ -328,7 +341,9 @@ def install_source_distribution(python: Path) -> str:
         shutil.rmtree(folder, ignore_errors=True)
     empty.mkdir(exist_ok=True)
     run([PYTHON, "setup.py", "-q", "sdist", "-d", dist])
-    requirement = f"sana-ext @ {next(dist.glob('*.tar.gz')).as_uri()}"
+    archive = next(dist.glob("*.tar.gz"))
+    require_whole(archive)
+    requirement = f"sana-ext @ {archive.as_uri()}"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--cache-dir", cache, "install", "-q"]
     pip += ["--force-reinstall", "--no-build-isolation", "--no-deps", requirement]
     loaded = [
