@@ -22,7 +22,7 @@ from PIL import Image
 from ..scenes.checker import check_batch
 from ..scenes.vocabulary import IMAGE_SIZE, SHAPES
 from ..storage.concurrency import claiming
-from ..storage.files import DataError, rename_durably, staging
+from ..storage.files import DataError, read_text_lines, rename_durably, staging
 from ..storage.png import read_png
 from .layout import candidates, prompt_folders, read_metadata
 
@@ -121,7 +121,7 @@ def dpg(shown: list[Shown], target: Path, final: Path, prompts: Path | None, rul
     """<name of the prompt's text file>.png, four pictures two by two; nothing else may lie in the folder."""
     names: dict[str, str] = {}
     for path in sorted(_needed(prompts, "--prompts must be DPG-Bench's folder of prompts (*.txt)").glob("*.txt")):
-        names[_words(path.read_text(encoding="utf-8"))] = path.stem
+        names[_words("\n".join(read_text_lines(path)))] = path.stem
     sides = set()
     for i, s in enumerate(shown):
         if _words(s.prompt) not in names:
@@ -164,7 +164,7 @@ def hpsv2(shown: list[Shown], target: Path, final: Path, prompts: Path | None, r
         if not (root / f"{style}.json").exists():
             continue
         try:
-            texts = json.loads((root / f"{style}.json").read_text(encoding="utf-8"))
+            texts = json.loads("\n".join(read_text_lines(root / f"{style}.json")))
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise ValueError("no list of prompts")
         except ValueError as error:

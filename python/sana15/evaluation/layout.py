@@ -19,7 +19,7 @@ from ..scenes.spec import spec_from_metadata
 from ..scenes.testset import is_held_out
 from ..scenes.testset import load as test_set
 from ..scenes.vocabulary import IMAGE_SIZE
-from ..storage.files import DataError, replacing
+from ..storage.files import DataError, read_text_lines, replacing
 from ..storage.png import read_png
 
 TEST = "test"  # the name of the shipped test set
@@ -35,11 +35,9 @@ def read_prompts(source: str) -> list[dict[str, Any]]:
         return test_set()
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8").splitlines()
+        text = read_text_lines(path)
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f'{path} is no file of prompts (the shipped test set is "{TEST}")') from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text file: {error}") from None
     numbered = [(number, line.strip()) for number, line in enumerate(text, 1) if line.strip()]
     if not numbered:
         raise DataError(f"{path} holds no prompts")
@@ -167,11 +165,9 @@ def read_metadata(root: Path, index: int) -> dict[str, Any]:
     """The metadata line of a prompt. FileNotFoundError, DataError: it is missing, damaged."""
     path = metadata_path(root, index)
     try:
-        return _metadata(path.read_text(encoding="utf-8").strip(), str(path))
+        return _metadata("\n".join(read_text_lines(path)).strip(), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is damaged: {error}") from None
 
 
 def read_results(path: Path) -> list[Judged]:
@@ -182,11 +178,9 @@ def read_results(path: Path) -> list[Judged]:
     """
     prompts: dict[str, list[dict[str, Any]]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text_lines(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is damaged: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

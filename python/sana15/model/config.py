@@ -10,6 +10,15 @@ from typing import Any
 
 from ..storage.files import DataError, read_json
 
+#: diffusers' values for keys that a config.json leaves out, where ours differ: SANA-1.0's folders have no qk_norm.
+DIFFUSERS_DEFAULTS: dict[str, Any] = {
+    "num_layers": 20, "num_attention_heads": 70, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112,
+    "qk_norm": None,
+}  # fmt: skip
+#: What diffusers' EMAModel.save_pretrained adds to the model's own keys.
+EMA_KEYS = frozenset({
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
+})  # fmt: skip
 #: Head dimension of the linear attention in every published SANA.
 LINEAR_HEAD_DIM = 32
 
@@ -36,7 +45,7 @@ class SanaConfig:
     guidance_embeds_scale: float = 0.1
     timestep_scale: float = 1.0
     attention_bias: bool = False
-    dropout: float = 0.0
+    dropout: float = 0.0  # diffusers' in training; kept for it, sana15 trains without
     norm_elementwise_affine: bool = False
     norm_eps: float = 1e-6
 
@@ -57,8 +66,10 @@ class SanaConfig:
             )
         if self.qk_norm not in (None, "rms_norm_across_heads"):
             raise ValueError(f"SanaConfig.qk_norm must be None or 'rms_norm_across_heads', got {self.qk_norm!r}")
-        if self.dropout != 0.0 or self.norm_elementwise_affine:
-            raise ValueError("SanaConfig: dropout and affine norms are not part of SANA; no released model has them")
+        if self.norm_elementwise_affine:
+            raise ValueError("SanaConfig: affine norms are not part of SANA; no released model has them")
+        if self.dropout >= 1:
+            raise ValueError(f"SanaConfig.dropout must be below 1, got {self.dropout!r}")
         if self.cross_attention_dim not in (None, self.width):
             raise ValueError(
                 f"SanaConfig.cross_attention_dim must be the width {self.width}, got {self.cross_attention_dim}"
@@ -83,12 +94,18 @@ class SanaConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> SanaConfig:
-        """From the contents of diffusers' config.json; keys that start with an underscore are its own notes."""
+        """From the contents of diffusers' config.json, with diffusers' values for what it leaves out.
+
+        Keys that start with an underscore are diffusers' own notes; those of its EMAModel are left aside.
+        """
         known = {f.name for f in dataclasses.fields(SanaConfig)}
-        unknown = [k for k in values if k not in known and not k.startswith("_")]
+        unknown = [k for k in values if k not in known | EMA_KEYS and not k.startswith("_")]
         if unknown:
             raise ValueError(f"unknown keys in the model's config: {', '.join(sorted(unknown))}")
-        return SanaConfig(**{k: v for k, v in values.items() if k in known})
+        given = DIFFUSERS_DEFAULTS | {k: v for k, v in values.items() if k in known}
+        if given.get("out_channels", 0) is None:
+            given["out_channels"] = given.get("in_channels", SanaConfig.in_channels)
+        return SanaConfig(**given)
 
     @staticmethod
     def load(folder: str | Path) -> SanaConfig:

@@ -35,7 +35,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: it is missing. DataError: it is no JSON object.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -43,6 +43,20 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataError(f"{path} is damaged: no JSON object")
     return values
+
+
+def read_text_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file that others may have written: a mark at its start is no text, and LF or CRLF end lines.
+
+    Nothing else does: U+2028, U+0085 and their like are characters of a line, also in a JSON string.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError; DataError: it is no UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text file: {error}") from None
 
 
 def open_tensors(path: Path):  # type: ignore[no-untyped-def]

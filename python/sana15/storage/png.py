@@ -30,8 +30,14 @@ def parameters(values: dict[str, Any]) -> str:
         "Model": values["model"],
         "Version": f"sana15 {values['version']}",
     }
-    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """The value, as a JSON string where it would not come back from the line: readers cut it at commas and colons."""
+    plain = not set(',:"\n').intersection(value) and value == value.strip()
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def save_png(picture: Image.Image, path: Path, values: dict[str, Any]) -> None:

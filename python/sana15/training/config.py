@@ -135,7 +135,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            values = yaml.safe_load(Path(path).read_bytes()) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(values, dict):
@@ -175,10 +175,10 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
             if not isinstance(value, dict):
                 raise ValueError(f"{prefix}{name} must be a mapping, got {value!r}")
             built[name] = _build(kind, value, f"{prefix}{name}.")
-        elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            built[name] = float(value)
-        elif kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
             built[name] = _number(value, prefix + name)
+        elif kind == list[float] and isinstance(value, list):
+            built[name] = [_number(v, f"{prefix}{name}[{i}]") for i, v in enumerate(value)]
         elif isinstance(value, typing.get_origin(kind) or kind) and not (kind is int and isinstance(value, bool)):
             built[name] = value
         else:
@@ -186,8 +186,11 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     return cls(**built)
 
 
-def _number(text: str, name: str) -> float:
+def _number(value: Any, name: str) -> float:
+    """The number; YAML 1.1 reads 1e-3 as text."""
     try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} must be a number, got {text!r}") from None
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        return float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None

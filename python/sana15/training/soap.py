@@ -125,10 +125,11 @@ def _begin(state: dict[str, Tensor], gradient: Tensor, weight: float) -> None:
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
+    """The eigenvectors, row by row in memory: a state that comes back from a file is, and products may round by layout."""
     try:
-        return torch.linalg.eigh(gram).eigenvectors
+        return torch.linalg.eigh(gram).eigenvectors.contiguous()
     except torch.linalg.LinAlgError:  # fp32 may fail on the many equal eigenvalues that a gradient of low rank has
-        return torch.linalg.eigh(gram.double()).eigenvectors.to(gram.dtype)
+        return torch.linalg.eigh(gram.double()).eigenvectors.to(gram.dtype).contiguous()
 
 
 def _refresh(state: dict[str, Tensor], gradient: Tensor, beta: float, turn: bool) -> None:
@@ -142,4 +143,4 @@ def _refresh(state: dict[str, Tensor], gradient: Tensor, beta: float, turn: bool
             basis = state[f"basis_{side}"]
             order = (basis * (mean @ basis)).sum(0).argsort(descending=True, stable=True)
             state["exp_avg_sq"] = state["exp_avg_sq"].index_select(axis, order)
-            state[f"basis_{side}"] = torch.linalg.qr(mean @ basis[:, order]).Q
+            state[f"basis_{side}"] = torch.linalg.qr(mean @ basis[:, order]).Q.contiguous()

@@ -1,5 +1,6 @@
 """sana15.SanaTransformer against diffusers' SanaTransformer2DModel on the same random weights."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from model_cases import SMALL, batch, pair
 from sana15 import SanaConfig, SanaTransformer
 from sana15.model.config import SIZES
 
+SMALL_FOLDER = SanaConfig(**SMALL).to_dict()
 VARIANTS = {
     "sana15": {},
     "sana10": {"qk_norm": None},
@@ -115,13 +117,41 @@ def test_config_round_trip(tmp_path):
     assert SanaConfig.load(tmp_path).to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize("missing", [f.name for f in dataclasses.fields(SanaConfig)])
+def test_a_key_that_is_left_out_has_diffusers_value(missing):
+    """Folders of older versions lack keys: SANA-1.0's qk_norm, guidance and timestep_scale."""
+    left = {k: v for k, v in SMALL_FOLDER.items() if k != missing}
+    if missing in ("num_attention_heads", "num_cross_attention_heads", "cross_attention_head_dim"):
+        with pytest.raises(ValueError, match="must equal the width"):  # diffusers' heads, of width 2240
+            SanaConfig.from_dict(left)
+        return
+    found = SanaConfig.from_dict(left).to_dict()
+    with torch.device("meta"):
+        theirs = dict(SanaTransformer2DModel.from_config(left).config)
+    theirs["out_channels"] = theirs["out_channels"] or theirs["in_channels"]
+    differing = {k for k, v in found.items() if not k.startswith("_") and theirs[k] != v}
+    assert differing <= {"cross_attention_dim"} & {missing}  # diffusers' number is that of width 2240
+
+
+def test_what_an_ema_folder_and_a_training_one_say():
+    """EMAModel.save_pretrained adds its own keys, out_channels may be null, and dropout acts in training alone."""
+    added = {"decay": 0.9999, "min_decay": 0.0, "optimization_step": 7, "update_after_step": 0, "use_ema_warmup": False,
+             "inv_gamma": 1.0, "power": 2 / 3}  # fmt: skip
+    found = SanaConfig.from_dict(SMALL_FOLDER | added | {"out_channels": None, "dropout": 0.1})
+    assert found.out_channels == found.in_channels
+    assert found.to_dict()["dropout"] == 0.1
+    with pytest.raises(ValueError, match="unknown keys in the model's config: decya"):
+        SanaConfig.from_dict(SMALL_FOLDER | {"decya": 1})
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
         ({"num_layers": 0}, "num_layers must be a positive integer"),
         ({"cross_attention_head_dim": 7}, "must equal the width"),
         ({"qk_norm": "layer"}, "qk_norm must be"),
-        ({"dropout": 0.1}, "dropout"),
+        ({"dropout": 1.0}, "dropout must be below 1"),
+        ({"norm_elementwise_affine": True}, "affine norms"),
         ({"in_channels": -1}, "in_channels must be a positive integer"),
         ({"mlp_ratio": None}, "mlp_ratio must be a finite number"),
         ({"norm_eps": "x"}, "norm_eps must be a finite number"),

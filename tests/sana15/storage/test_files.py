@@ -12,7 +12,8 @@ from sana15.cli import main
 from sana15.growth.folder import grow_folder
 from sana15.model.checkpoint import load_transformer, save_transformer
 from sana15.storage import files
-from sana15.storage.files import DataError, read_json, staging
+from sana15.storage.files import DataError, read_json, read_text_lines, staging
+from sana15.storage.png import parameters
 
 HOLD = """
 import sys, time
@@ -237,3 +238,34 @@ def test_json_that_is_too_deep_is_damaged(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 200_000)
     with pytest.raises(DataError, match="is damaged"):
         read_json(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+def test_lines_end_at_line_feeds_alone(tmp_path, mark, end):
+    """Also form feeds, file separators and NEL are characters of a line."""
+    lines = ["a cat", "two\u2028dogs\u2029", "a\x0bb\x0cc\x1cd\x1de\x85f", ""]
+    (tmp_path / "p.txt").write_bytes(mark + end.join(line.encode() for line in lines))
+    assert read_text_lines(tmp_path / "p.txt") == lines
+
+
+def test_json_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
+def test_text_of_another_encoding_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a cat".encode("utf-16"))
+    with pytest.raises(DataError, match=r"p\.txt is no text file: 'utf-8' codec"):
+        read_text_lines(tmp_path / "p.txt")
+
+
+def test_values_of_the_parameters_line_are_quoted():
+    """As other tools write it: what holds a comma, colon, quote or line's end is a JSON string."""
+    values = {
+        "prompt": "a, b: c", "negative_prompt": "", "steps": 2, "sampler": "flow_dpm", "guidance": 2.0, "seed": 1,
+        "width": 64, "height": 64, "model_sha256": "0" * 64, "model": 'my, "best": model', "version": "1",
+    }  # fmt: skip
+    line = parameters(values).split("\n")[1]
+    assert r'Model: "my, \"best\": model", Version: sana15 1' in line
+    assert line.startswith("Steps: 2, Sampler: flow_dpm, ")

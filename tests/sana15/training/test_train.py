@@ -138,3 +138,19 @@ def test_shipped_configurations_are_valid():
 
     for path in sorted((Path(__file__).parents[3] / "configs").glob("*.yaml")):
         load_config(path, [])
+
+
+def test_numbers_in_lists_of_a_configuration(tmp_path):
+    """YAML 1.1 reads 1e-3 as text, in lists too; what is no number is named with its place."""
+    (tmp_path / "c.yaml").write_text("betas: [9e-1, 99e-2]\ntransformer: {block_lr: [1e-1, 1]}\n", encoding="utf-8-sig")
+    config = load_config(tmp_path / "c.yaml", ["sample_guidance_interval=[1e-1, 9e-1]"])
+    assert (config.betas, config.transformer.block_lr) == ([0.9, 0.99], [0.1, 1.0])
+    assert config.sample_guidance_interval == [0.1, 0.9]
+    for text, value in (
+        ("[0.9, x]", "'x'"),
+        ("[0.9, true]", "True"),
+        ("[0.9, [1]]", r"\[1\]"),
+        ("[0.9, null]", "None"),
+    ):
+        with pytest.raises(ValueError, match=rf"^betas\[1\] must be a number, got {value}$"):
+            load_config(None, [f"betas={text}"])
