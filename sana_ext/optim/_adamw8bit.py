@@ -165,15 +165,11 @@ class AdamW8bit(Optimizer8bit):
 
     # States of bitsandbytes
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, or what bitsandbytes' AdamW8bit saved, bit by bit."""
+    def _read(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Takes also what bitsandbytes' AdamW8bit saved."""
         state = {key: self._unwrapped(entry) for key, entry in state_dict["state"].items()}
-        groups = []
-        for own, saved in zip(self.param_groups, state_dict["param_groups"]):
-            kept = {key: value for key, value in own.items() if key in self.defaults}
-            groups.append(kept | {key: value for key, value in saved.items() if key not in _THEIR_OPTIONS})
-        groups += state_dict["param_groups"][len(groups) :]
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        groups = [{k: v for k, v in group.items() if k not in _THEIR_OPTIONS} for group in state_dict["param_groups"]]
+        return {**state_dict, "state": state, "param_groups": groups}
 
     def _unwrapped(self, entry: Any) -> Any:
         if not isinstance(entry, dict):
@@ -195,9 +191,9 @@ class AdamW8bit(Optimizer8bit):
             if tensors["state1"].dtype == torch.uint8:
                 tensors |= {name: table.to(tensors["state1"].device) for name, table in tables.items()}
             state[key] = {"step": int(entry["step"].item()), _WRAPPED: tensors}
-        shared = ("params", "lr", "betas", "eps", "weight_decay")
-        groups = [{name: group[name] for name in shared} | _THEIR_OPTIONS for group in result["param_groups"]]
-        return {"state": state, "param_groups": groups}
+        own = self.defaults.keys() - {"lr", "betas", "eps", "weight_decay"}
+        groups = [{k: v for k, v in group.items() if k not in own} | _THEIR_OPTIONS for group in result["param_groups"]]
+        return {"state": state, "param_groups": groups}  # with what learning-rate schedulers keep in the groups
 
 
 def _row(w: Work) -> tuple[float, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -38,6 +40,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._skipped: Tensor | None = None
+        self._fused: set[int] = set()  # id of each parameter that fuse_backward steps
         super().__init__(params, defaults)
 
     # For subclasses
@@ -231,8 +234,13 @@ class Optimizer8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, bit by bit: codes stay uint8 and scales fp32 whatever the parameters' dtype.
 
-        The tensors are copied, so that the loaded dictionary does not change with the next step.
+        The tensors are copied, so that the loaded dictionary does not change with the next step. An option that is not in
+        the dictionary, since it is newer, stays as it is here.
         """
+        state_dict = state_dict.copy()
+        for before_loading in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before_loading(self, state_dict) or state_dict
+        state_dict = self._read(state_dict)
         kept = {
             key: {k: _Kept(v) if isinstance(v, Tensor) else v for k, v in entry.items()}
             if isinstance(entry, dict)
@@ -240,10 +248,12 @@ class Optimizer8bit(torch.optim.Optimizer):
             for key, entry in state_dict["state"].items()
         }
         before = dict(self.state), self.param_groups
-        super().load_state_dict({**state_dict, "state": kept})
+        with self._without_hooks():  # they are to see no state on its way
+            super().load_state_dict({**state_dict, "state": kept})
         try:
-            for group in self.param_groups:
-                group.setdefault("capturable", False)
+            for group, own in zip(self.param_groups, before[1]):
+                for name in self.defaults:
+                    group.setdefault(name, own.get(name, self.defaults[name]))
                 for i, p in enumerate(group["params"]):
                     if p in self.state:
                         self.state[p] = self._loaded(p, group, self._name(group, i), self.state[p])
@@ -252,6 +262,23 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.state.update(before[0])
             self.param_groups = before[1]
             raise
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _read(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict in this optimizer's form; a subclass that reads others' says how."""
+        return state_dict
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """Puts the hooks of load_state_dict aside."""
+        names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+        hooks = {name: getattr(self, name) for name in names}
+        vars(self).update({name: OrderedDict() for name in names})
+        try:
+            yield
+        finally:
+            vars(self).update(hooks)
 
     def _loaded(self, p: Tensor, group: dict[str, Any], name: str, state: dict[str, Any]) -> dict[str, Tensor]:
         shape = tuple(shards.local(p).shape)
@@ -283,17 +310,19 @@ class Optimizer8bit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_skipped", None)
+        self.__dict__.setdefault("_fused", set())
 
 
 class FusedBackward:
-    """The hooks that `fuse_backward` has set; `remove()` takes them away."""
+    """The hooks that one call of `fuse_backward` has set; `remove()` takes them away."""
 
-    def __init__(self, handles: Iterable[Any]) -> None:
-        self._handles = list(handles)
+    def __init__(self, optimizer: Optimizer8bit, handles: dict[int, Any]) -> None:
+        self._optimizer, self._handles = optimizer, handles
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for key, handle in self._handles.items():
             handle.remove()
+            self._optimizer._fused.discard(key)
         self._handles.clear()
 
 
@@ -306,7 +335,7 @@ def fuse_backward(optimizer: Optimizer8bit) -> FusedBackward:
     What cannot be had together with it: gradient accumulation over several backward passes, clipping by the global
     norm, GradScaler (no gradient may be used before all are known), and skipping a step as a whole: a NaN or Inf skips
     the parameters that it reaches, each counted by itself. Learning rates are those at the time of the backward pass.
-    Parameters added later need another call.
+    Parameters added later need another call, which leaves those alone that have their hook.
 
     Args:
         optimizer: a CAME8bit or AdamW8bit.
@@ -328,12 +357,14 @@ def fuse_backward(optimizer: Optimizer8bit) -> FusedBackward:
 
         return hook
 
-    return FusedBackward(
-        p.register_post_accumulate_grad_hook(hook_of(g, i))
+    handles = {
+        id(p): p.register_post_accumulate_grad_hook(hook_of(g, i))
         for g, group in enumerate(optimizer.param_groups)
         for i, p in enumerate(group["params"])
-        if p.requires_grad
-    )
+        if p.requires_grad and id(p) not in optimizer._fused
+    }
+    optimizer._fused |= handles.keys()
+    return FusedBackward(optimizer, handles)
 
 
 class _Kept:

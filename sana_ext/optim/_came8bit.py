@@ -209,7 +209,7 @@ def read_sana_state(optimizer: CAME8bit, state_dict: dict[str, Any]) -> None:
         state_dict: what ``CAME8BitWrapper.state_dict()`` returned, or CAMEWrapper's (no 8-bit tensors).
 
     Raises:
-        ValueError: the numbers of parameters differ, or a tensor's shape does not fit.
+        ValueError: the numbers of parameters differ, a tensor's shape does not fit, or a statistic is missing.
     """
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     own = [(group, p) for group in optimizer.param_groups for p in group["params"]]
@@ -240,6 +240,10 @@ def _converted(optimizer: CAME8bit, p: Tensor, group: dict[str, Any], entry: dic
     if quantised:
         codes, scales = _geometry(shape, group).quantize(m, _code(group))
         state |= {"exp_avg": codes, "exp_avg_scale": scales.view(spec["exp_avg_scale"][0])}
+    if missing := [k for k in spec if k not in state and k not in entry]:
+        raise ValueError(
+            f"sana_ext.optim.read_sana_state: the state of a parameter of shape {list(shape)} has no {missing[0]}"
+        )
     return state | {k: entry[k].float() for k in spec if k not in state}
 
 

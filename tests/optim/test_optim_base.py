@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sana_ext.optim import fuse_backward
+from sana_ext.optim import AdamW8bit, CAME8bit, fuse_backward, read_sana_state
 from sana_ext.optim._base import Optimizer8bit
 
 
@@ -234,3 +234,99 @@ def test_deepcopy_and_no_gradients():
     clone = copy.deepcopy(optimizer)
     assert clone.skipped_steps == 0
     assert same([(k, v) for s in clone.state.values() for k, v in sorted(s.items())], values(optimizer))
+
+
+# Beside other code: fused twice, older checkpoints, hooks, schedulers
+
+
+def stepped_once(make):
+    p = torch.nn.Parameter(torch.ones(64, 128))
+    optimizer = make([p])
+    p.grad = torch.full_like(p, 0.5)
+    optimizer.step()
+    return p, optimizer
+
+
+MAKES = {"adamw": lambda ps: AdamW8bit(ps, lr=1e-3), "came": lambda ps: CAME8bit(ps, lr=1e-3)}
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_fused_again_each_parameter_is_stepped_once(make):
+    """A call takes parameters that have no hook; what it set, it takes away, and no other call's."""
+    old, new = (torch.nn.Parameter(torch.ones(64, 128)) for _ in range(2))
+    optimizer = make([old])
+    first = fuse_backward(optimizer)
+    optimizer.add_param_group({"params": [new]})
+    second = fuse_backward(optimizer)
+    third = fuse_backward(optimizer)
+    (old.sum() + new.sum()).backward()
+    assert [int(optimizer.state[p]["step"]) for p in (old, new)] == [1, 1]
+    third.remove()  # had nothing to do
+    second.remove()
+    (old.sum() + new.sum()).backward()
+    assert int(optimizer.state[old]["step"]) == 2
+    assert new.grad is not None
+    first.remove()
+    fuse_backward(optimizer)
+    (old.sum() + new.sum()).backward()
+    assert [int(optimizer.state[p]["step"]) for p in (old, new)] == [3, 2]
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_a_checkpoint_from_before_an_option(make):
+    """Whatever option is missing stays as it is in the optimizer that loads, and the next step is as before."""
+    _, optimizer = stepped_once(make)
+    for option in optimizer.defaults:
+        q, other = stepped_once(make)
+        saved = copy.deepcopy(optimizer.state_dict())
+        del saved["param_groups"][0][option]
+        other.load_state_dict(saved)
+        assert other.param_groups[0][option] == optimizer.param_groups[0][option]
+        with torch.no_grad():
+            q.fill_(0.0)
+        q.grad = torch.ones_like(q)
+        other.step()
+        assert q.isfinite().all()
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_hooks_of_loading_see_tensors(make):
+    """A hook before sees the dictionary as it was given, one after the states as they will be; a returned one is loaded."""
+    p, optimizer = stepped_once(make)
+    saved = optimizer.state_dict()
+    q, other = stepped_once(make)
+    seen = []
+
+    def before(own, state_dict):
+        seen.append(all(isinstance(v, torch.Tensor) for v in state_dict["state"][0].values()))
+        changed = copy.deepcopy(state_dict)
+        changed["param_groups"][0]["lr"] = 0.25
+        return changed
+
+    def after(own):
+        seen.append(all(isinstance(v, torch.Tensor) for v in own.state[q].values()))
+        seen.append(own.state[q].keys() == optimizer.state[p].keys())
+
+    other.register_load_state_dict_pre_hook(before)
+    other.register_load_state_dict_post_hook(after)
+    other.load_state_dict(saved)
+    assert seen == [True, True, True]
+    assert other.param_groups[0]["lr"] == 0.25
+    other.load_state_dict(saved)  # the hooks are still there
+    assert len(seen) == 6
+
+
+def test_a_state_without_a_statistic_is_refused():
+    """came-pytorch factors 3x3 convolutions, which CAME8bit does not."""
+    _, optimizer = stepped_once(MAKES["came"])
+    entry = {"step": 1, "exp_avg": torch.zeros(64, 128), "exp_avg_sq_row": torch.zeros(64)}
+    with pytest.raises(ValueError, match=r"shape \[64, 128\] has no exp_avg_sq_col"):
+        read_sana_state(optimizer, {"state": {0: entry}, "param_groups": [{"params": [0]}]})
+
+
+def test_bitsandbytes_state_keeps_what_schedulers_need():
+    _, optimizer = stepped_once(MAKES["adamw"])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=9)
+    group = optimizer.bitsandbytes_state_dict()["param_groups"][0]
+    assert {"initial_lr", "max_lr", "min_lr", "lr", "betas"} <= group.keys()
+    assert not {"seed", "stochastic_rounding", "capturable"} & group.keys()

@@ -105,12 +105,12 @@ def results_line(row: Mapping[str, Any]) -> str:
 
 
 def geneval2(shown: list[Shown], target: Path, final: Path, prompts: Path | None, rule: str) -> str:
-    """images.json, from prompt to the path of its first picture in images/."""
+    """images.json, from prompt to the path of its first picture in images/; of a prompt that is listed twice the first counts."""
     (target / "images").mkdir()
     found: dict[str, str] = {}
     for i, s in enumerate(shown):
         if s.prompt in found:
-            raise ValueError(f"prompt {i} is there twice: {s.prompt!r}; GenEval 2 tells pictures by their prompts")
+            continue
         shutil.copyfile(s.paths[0], target / "images" / f"{i:05d}.png")
         found[s.prompt] = str(final.absolute() / "images" / f"{i:05d}.png")
     (target / "images.json").write_text(json.dumps(found), encoding="utf-8")
@@ -157,7 +157,7 @@ def t2icompbench(shown: list[Shown], target: Path, final: Path, prompts: Path | 
 def hpsv2(shown: list[Shown], target: Path, final: Path, prompts: Path | None, rule: str) -> str:
     """<style>/<five digits>.jpg, numbered as in the style's list of prompts; a style is there whole or not at all."""
     root = _needed(prompts, f"--prompts must be HPSv2's folder of prompts ({'.json, '.join(STYLES)}.json)")
-    pictures = {s.prompt: s.paths[0] for s in shown}
+    pictures = {_words(s.prompt): s.paths[0] for s in reversed(shown)}  # the first of a prompt that is listed twice
     used: set[str] = set()
     counts = []
     for style in STYLES:
@@ -169,20 +169,22 @@ def hpsv2(shown: list[Shown], target: Path, final: Path, prompts: Path | None, r
                 raise ValueError("no list of prompts")
         except ValueError as error:
             raise DataError(f"{root / style}.json is damaged: {error}") from None
-        there = [text for text in texts if text in pictures]
+        there = [text for text in texts if _words(text) in pictures]
         if not there:
             continue
         if len(there) < len(texts):
-            first = next(i for i, text in enumerate(texts) if text not in pictures)
+            first = next(i for i, text in enumerate(texts) if _words(text) not in pictures)
             raise FileNotFoundError(
                 f"{len(texts) - len(there)} pictures of style {style} are missing, the first is {first}"
             )
         (target / style).mkdir()
         for i, text in enumerate(texts):
-            _picture(pictures[text]).save(target / style / f"{i:05d}.jpg", format="JPEG", quality=95, subsampling=0)
-        used |= set(texts)
+            _picture(pictures[_words(text)]).save(
+                target / style / f"{i:05d}.jpg", format="JPEG", quality=95, subsampling=0
+            )
+        used |= set(map(_words, texts))
         counts.append(f"{style} {len(texts)}")
-    if strange := [s.prompt for s in shown if s.prompt not in used]:
+    if strange := [s.prompt for s in shown if _words(s.prompt) not in used]:
         raise ValueError(f"{len(strange)} prompts are none of {root}, the first is {strange[0][:60]!r}")
     return ", ".join(counts)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from .settings import SAMPLERS as SAMPLERS
@@ -83,10 +84,11 @@ def schedule(steps: int, *, sampler: str = "flow_dpm", flow_shift: float = 3.0) 
     """The levels of diffusers' DPMSolverMultistepScheduler (flow sigmas) or FlowMatchEulerDiscreteScheduler for SANA."""
     check_schedule(steps, sampler)
     if sampler == "flow_dpm":
-        # 1 - linspace(1, 0.001, steps + 1), shifted, reversed; the level 0 is left out and 0 is appended.
-        levels = [(1 - 1 / TRAIN_STEPS) * (steps - i) / steps for i in range(steps)]
-        sigmas = [shift(level, flow_shift) for level in levels]
-        timesteps = [float(int(s * TRAIN_STEPS)) for s in sigmas]
+        # diffusers' own operations: a level on the edge of a timestep would be truncated to another one.
+        table = np.flip(1.0 - np.linspace(1, 1 / TRAIN_STEPS, steps + 1))[:-1]
+        shifted = flow_shift * table / (1 + (flow_shift - 1) * table)
+        sigmas = shifted.tolist()
+        timesteps = np.trunc(shifted * TRAIN_STEPS).tolist()
     else:
         # The smallest training level is shifted once for the range and once more with every level: SANA's Flow-Euler.
         low = shift(1 / TRAIN_STEPS, flow_shift)

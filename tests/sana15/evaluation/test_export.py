@@ -108,6 +108,23 @@ def test_geneval2(tmp_path):
     assert color(tmp_path / "out/images/00001.png") == colored(2)
 
 
+def test_geneval2_takes_the_first_of_a_prompt_that_is_listed_twice(tmp_path):
+    source = make(tmp_path / "in", ["one cat", "two dogs", "one cat"], 1)
+    assert export("geneval2", source, tmp_path / "out") == "2 prompts, one picture each"
+    assert json.loads((tmp_path / "out/images.json").read_text())["one cat"].endswith("/00000.png")
+    assert color(tmp_path / "out/images/00000.png") == colored(0)
+
+
+def test_hpsv2_knows_prompts_whatever_their_spaces(tmp_path):
+    """Files of prompts lose spaces at the ends of lines; of a prompt listed twice the first picture counts."""
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "anime.json").write_text(json.dumps(["x ", " y  z"]))
+    source = make(tmp_path / "in", ["x", "y z", "x"], 1)
+    assert export("hpsv2", source, tmp_path / "out", prompts=prompts) == "anime 2"
+    assert np.abs(np.subtract(color(tmp_path / "out/anime/00000.jpg"), colored(0))).max() <= 3
+
+
 def test_dpg(tmp_path, capsys):
     prompts = tmp_path / "prompts"
     prompts.mkdir()
@@ -155,7 +172,6 @@ def test_hpsv2(tmp_path):
     [
         ("t2icompbench", ["a_b"], 1, "prompt 0 cannot be a file name of T2I-CompBench", 2),
         ("t2icompbench", ["x" * 250], 1, "cannot be a file name", 2),
-        ("geneval2", ["a", "a"], 1, "prompt 1 is there twice", 2),
         ("dpg", ["a"], 4, "--prompts must be DPG-Bench's folder", 2),
         ("dpg", ["a"], 3, "prompt 0 has 3 pictures, 4 are needed", 3),
         ("hpsv2", ["a"], 1, "--prompts must be HPSv2's folder", 2),

@@ -26,6 +26,19 @@ def diffusers_scheduler(sampler, steps):
     return scheduler
 
 
+@pytest.mark.parametrize("shift", [1.0, 1.5, 2.0, 3.0, 6.0])
+def test_every_number_of_steps_has_diffusers_timesteps(shift):
+    """Timesteps are truncated: at shift 1 many levels lie on the edge of one, and rounding decides which it is."""
+    for steps in range(1, 201):
+        scheduler = DPMSolverMultistepScheduler(
+            algorithm_type="dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        )
+        scheduler.set_timesteps(steps)
+        plan = flow.schedule(steps, flow_shift=shift)
+        assert [*plan.timesteps] == scheduler.timesteps.tolist(), steps
+        assert torch.equal(torch.tensor(plan.sigmas), scheduler.sigmas), steps
+
+
 @pytest.mark.parametrize("sampler", flow.SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 14, 20, 28])
 def test_steps_equal_diffusers(sampler, steps):
