@@ -10,7 +10,7 @@ import torch
 from ..ops._checks import transforming
 from . import cuda_graph, text_cache
 from .block import FusedBlock
-from .reversible import Reversible, class_without, put_on
+from .reversible import Reversible, class_without, in_front, put_on
 
 GRAPHS = "_sana_ext_step_graphs"  # of the transformer
 
@@ -78,5 +78,4 @@ def _keeping_class(cls: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return KeepingModel.forward(self, *args, **kwargs)
 
-    members = {"_sana_ext_stock": cls, "__module__": cls.__module__, "forward": forward}
-    return type(cls.__name__, (KeepingModel, cls), members)
+    return in_front(KeepingModel, cls, {"__module__": cls.__module__, "forward": forward})

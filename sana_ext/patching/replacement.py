@@ -7,6 +7,7 @@ is decided again at every call, by the same guards.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from typing import Any
@@ -21,7 +22,7 @@ from . import guards, projections
 from .block import FusedBlock, fused_forward, names_of
 from .keeping import keep, release
 from .report import Report
-from .reversible import class_without, put_on
+from .reversible import class_without, in_front, put_on
 
 BLOCK = ("diffusers.models.transformers.sana_transformer", "SanaTransformerBlock")
 TRANSFORMER = ("diffusers.models.transformers.sana_transformer", "SanaTransformer2DModel")
@@ -159,6 +160,7 @@ def _patch_block(name: str, block: nn.Module, stock: type, report: Report) -> No
             report.skipped[name] = reason
             return
         put_on(block, functools.partial(_fused_class, stock=stock))
+    _register(type(block), stock)
     report.replaced.append(name or type(block).__name__)
     projections.pack([getattr(block.attn1, layer) for layer in ("to_q", "to_k", "to_v")])
     _note_parts(name, block, names_of(stock), report)
@@ -213,8 +215,21 @@ def _note_parts(name: str, block: Any, names: Any, report: Report) -> None:
 @functools.cache
 def _fused_class(cls: Any, stock: Any) -> type:
     """cls with the fused forward in front; its name stays: diffusers and accelerate match blocks by class name."""
-    members = {"_sana_ext_stock": cls, "_sana_ext_names": names_of(stock), "__module__": __name__}
-    return type(cls.__name__, (FusedBlock, cls), members)
+    return in_front(FusedBlock, cls, {"_sana_ext_names": names_of(stock), "__module__": __name__})
+
+
+def _register(made: type, cls: type) -> None:
+    """Tells diffusers' registry of blocks, which its caching hooks ask, that the class is one like `cls`, if it knows that."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry as Registry
+
+        Registry.register(made, copy.copy(Registry.get(cls)))
+    except (
+        ImportError,
+        ValueError,
+        AttributeError,
+    ):  # an older diffusers, or one that cannot cache these blocks either
+        return
 
 
 @functools.cache
