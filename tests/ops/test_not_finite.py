@@ -50,15 +50,15 @@ def results(function, tensors, others):
     return {f"out{i}": o.detach() for i, o in enumerate(outputs)} | {f"d{n}": g for n, g in zip(leaves, gradients)}
 
 
-def hidden(ours, theirs):
-    """Where the reference is not finite and ours is: elements of outputs and of parameters' gradients, tokens of rows' gradients.
+def hidden(ours, *references):
+    """Where no reference is finite and ours is: elements of outputs and of parameters' gradients, tokens of rows' gradients.
 
     The norm of a query takes a NaN of one head to all channels of the token's gradient; ours, whose row scale cancels, need not.
     On a GPU a head does not learn of another head's NaN: under the emulator whole tensors count.
     """
     lost = {}
-    for name, wanted in theirs.items():
-        bad, found = (~torch.isfinite(t) for t in (wanted, ours[name]))
+    for name, ours_here in ours.items():
+        bad, found = ~torch.stack([r[name].isfinite() for r in references]).any(0), ~ours_here.isfinite()
         if name.startswith("d") and bad.dim() >= 3:
             bad, found = (t.flatten(2).any(2) for t in (bad, found))
         if EMULATED:
@@ -79,8 +79,11 @@ def test_no_argument_hides_it(op, variant, dtype):
         for place, value in itertools.product(places, VALUES):
             planted = t.clone()
             planted.view(-1)[place] = VALUES[value]
-            ours, theirs = (results(getattr(m, op), tensors | {name: planted}, others) for m in (sana_ext, reference))
-            lost = hidden(ours, theirs)
+            given = tensors | {name: planted}
+            ours, theirs = (results(getattr(m, op), given, others) for m in (sana_ext, reference))
+            # Also in fp64: with AVX512_BF16, oneDNN's bf16 convolution multiplies values beyond a row's end by 0.
+            exact = results(getattr(reference, op), {n: t.double() for n, t in given.items()}, others)
+            lost = hidden(ours, theirs, exact)
             assert not lost, f"{value} at {place} of {name}: finite in ours, not in the reference: {lost}"
 
 

@@ -135,7 +135,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_bytes()) or {}
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(values, dict):

@@ -125,11 +125,20 @@ def _begin(state: dict[str, Tensor], gradient: Tensor, weight: float) -> None:
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
-    """The eigenvectors, row by row in memory: a state that comes back from a file is, and products may round by layout."""
-    try:
-        return torch.linalg.eigh(gram).eigenvectors.contiguous()
-    except torch.linalg.LinAlgError:  # fp32 may fail on the many equal eigenvalues that a gradient of low rank has
-        return torch.linalg.eigh(gram.double()).eigenvectors.to(gram.dtype).contiguous()
+    """The eigenvectors, row by row in memory: a state that comes back from a file is, and products may round by layout.
+
+    fp32 may fail on the many equal eigenvalues that a gradient of low rank has: with an error, or with NaN (MKL on AMD).
+    """
+    for values in (gram, gram.double()):
+        try:
+            found = torch.linalg.eigh(values).eigenvectors
+        except torch.linalg.LinAlgError:
+            continue
+        if found.isfinite().all():
+            return found.to(gram.dtype).contiguous()
+    return torch.eye(
+        len(gram), dtype=gram.dtype, device=gram.device
+    )  # a basis, if not the best; power iterations turn it
 
 
 def _refresh(state: dict[str, Tensor], gradient: Tensor, beta: float, turn: bool) -> None:

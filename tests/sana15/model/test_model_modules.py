@@ -79,6 +79,7 @@ def test_a_hook_on_each_module_changes_what_it_changes_in_diffusers(models):
 def test_an_adapter_in_place_of_each_layer_works_and_trains(models, checkpointing):
     theirs, ours, values = models
     ours.gradient_checkpointing = checkpointing
+    gradients = {}
     for name in leaves(ours):
         results = []
         for model in (copy.deepcopy(theirs), copy.deepcopy(ours)):
@@ -87,8 +88,13 @@ def test_an_adapter_in_place_of_each_layer_works_and_trains(models, checkpointin
             out.square().mean().backward()
             results.append((out.detach(), gain.grad))
         assert results[1][1] is not None, name
-        for got, expected in zip(results[1], results[0]):
-            assert_close(got, expected, name)
+        assert_close(results[1][0], results[0][0], name)
+        gradients[name] = [gradient for _, gradient in results]
+    # A norm behind a layer cancels its gain: what is left of that gradient is rounding noise, measured against the rest.
+    noise = 1e-2 * max(expected.abs().max().item() for expected, _ in gradients.values())
+    for name, (expected, got) in gradients.items():
+        atol = 1e-5 * max(expected.abs().max().item(), noise)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=atol, msg=name)
 
 
 def test_each_parameter_may_be_parametrised(models):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from sana15.training import soap
 from sana15.training.soap import SOAP
 
 
@@ -197,3 +198,30 @@ def test_refuses_other_dtypes():
 def test_refused(options):
     with pytest.raises(ValueError, match="SOAP: "):
         SOAP([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("fails", ["error", "nan"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_gram_whose_eigenvectors_fail(monkeypatch, fails, both):
+    """fp32 may fail on a gradient of low rank, by an error or by NaN (MKL on AMD): then fp64, and at last no turn at all."""
+    real = torch.linalg.eigh
+
+    def eigh(values):
+        if not both and values.dtype == torch.float64:
+            return real(values)
+        if fails == "error":
+            raise torch.linalg.LinAlgError("did not converge")
+        return Found(values)
+
+    class Found:
+        def __init__(self, values):
+            self.eigenvectors = torch.full_like(values, torch.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    column = torch.arange(1.0, 9.0)[:, None]
+    found = soap._eigenvectors(column @ column.T)
+    torch.testing.assert_close(found.T @ found, torch.eye(8))
+    assert found.dtype == torch.float32
+    if not both:
+        turned = found.T @ (column @ column.T) @ found
+        torch.testing.assert_close(turned - torch.diag(turned.diagonal()), torch.zeros(8, 8), atol=1e-3, rtol=0)
