@@ -80,7 +80,7 @@ METHODS = {
 }
 ARMS_32 = ("adamw", "adamw8bit", "came", "came8bit", "muon", "muon8bit")
 #: Rates over the recipe's: the best of the trials in the report.
-RATES = {"adamw": 1.0, "came": 0.5, "muon": 1.0}
+RATES = {"adamw": 2.0, "came": 0.5, "muon": 1.0}
 
 
 def rate_of(arm: str) -> float:
@@ -109,7 +109,7 @@ class Options:
     arms: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
     layers: int = 4
-    rates: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    rates: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     trial: int = 500
     marks: tuple[int, ...] = (500, 2000)
     timed: int = 20
