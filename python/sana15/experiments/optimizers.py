@@ -80,7 +80,7 @@ METHODS = {
 }
 ARMS_32 = ("adamw", "adamw8bit", "came", "came8bit", "muon", "muon8bit")
 #: Rates over the recipe's: the best of the trials in the report.
-RATES = {"adamw": 2.0, "came": 0.5, "muon": 1.0}
+RATES = {"adamw": 2.0, "came": 0.5, "muon": 2.0}
 
 
 def rate_of(arm: str) -> float:
